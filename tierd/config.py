@@ -1,0 +1,156 @@
+"""Typed settings of `tierd mount`: flags over `TIERD_*` environment over a YAML file; unknown keys are refused.
+
+Loading (this module's `load`) only merges and checks types. Whether paths exist, nest or clash is
+checked against the machine by `node/daemon.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from tierd.errors import UsageError
+from tierd.units import split
+
+ENV_PREFIX = "TIERD_"
+ENV_ELSEWHERE = frozenset({"TIERD_CONFIG"})
+"""Variables with our prefix that are not settings of a mount."""
+
+
+def _as_list(value: Any) -> Any:
+    """Environment variables carry lists as comma-separated text."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class MountSettings(BaseModel):
+    """Everything one node daemon needs to know. Sizes are bytes, times are seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    source: Path
+    mountpoint: Path
+    state_dir: Path | None = None
+    models_root: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("models", "hot-models")
+    outputs_root: str = "outputs"
+    metrics: str = "127.0.0.1:9568"
+    metrics_models: int = Field(50, ge=0, le=1000)
+    load_idle_gap: float = Field(30.0, gt=0, le=86_400)
+    attr_timeout: float = Field(1.0, ge=0, le=86_400)
+    entry_timeout: float = Field(1.0, ge=0, le=86_400)
+    read_ahead_kib: int = Field(1024, ge=4, le=65_536)
+    journal_capacity: int = Field(65_536, ge=16, le=10_000_000)
+    history_rows: int = Field(100_000, ge=0, le=10_000_000)
+    max_files_known: int = Field(1_000_000, ge=1000)
+    allow_other: bool | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "console", "json"] = "auto"
+    log_file: Path | None = None
+
+    @field_validator("models_root")
+    @classmethod
+    def _roots_stay_inside(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(relative_root(root) for root in roots)
+
+    @field_validator("outputs_root")
+    @classmethod
+    def _root_stays_inside(cls, root: str) -> str:
+        return relative_root(root)
+
+    @field_validator("metrics")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        host_port(value)
+        return value
+
+    @property
+    def models_roots_bytes(self) -> tuple[bytes, ...]:
+        """The models roots as the overlay compares them."""
+        return tuple(root.encode("utf-8", "surrogateescape") for root in self.models_root)
+
+
+def relative_root(root: str) -> str:
+    """`root` in its plain form; ValueError if it is absolute or climbs out of the source. `.` is the source itself."""
+    if root.startswith("/") or "\0" in root:
+        raise ValueError("must be relative to the source")
+    parts = [part.decode("utf-8", "surrogateescape") for part in split(root.encode("utf-8", "surrogateescape"))]
+    if ".." in parts:
+        raise ValueError("must not climb out of the source with '..'")
+    return "/".join(part for part in parts if part != ".")
+
+
+def host_port(address: str) -> tuple[str, int]:
+    """`HOST:PORT` (IPv6 in brackets) as a pair; ValueError otherwise. Port 0 means any free port."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:9568")
+    return host.strip("[]"), int(port)
+
+
+def load(flags: Mapping[str, Any], environ: Mapping[str, str] = {}, config_file: Path | None = None) -> MountSettings:
+    """Merge the three layers and check them.
+
+    Raises UsageError that names the layer and the key at fault, and near names for a mistyped one.
+    """
+    origin: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for layer, where in (
+        (_from_yaml(config_file), lambda key: f"{config_file}: {key}"),
+        (_from_environ(environ), lambda key: ENV_PREFIX + key.upper()),
+        ({key: value for key, value in flags.items() if value is not None}, _flag_name),
+    ):
+        for key, value in layer.items():
+            values[key] = value
+            origin[key] = where(key)
+    try:
+        return MountSettings.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+
+
+def _flag_name(key: str) -> str:
+    return key.upper() if key in ("source", "mountpoint") else "--" + key.replace("_", "-")
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        key[len(ENV_PREFIX) :].lower(): value
+        for key, value in environ.items()
+        if key.startswith(ENV_PREFIX) and key not in ENV_ELSEWHERE
+    }
+
+
+def _from_yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read configuration {path}: {error.strerror}", hint="check --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} is not valid YAML: {reason}", hint="mend the file") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} must hold settings, one `name: value` a line", hint="see docs/OPERATIONS.md")
+    return {str(key): value for key, value in data.items()}
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> UsageError:
+    """One line for the first fault; the rest would only follow from it."""
+    fault = error.errors(include_url=False)[0]
+    key = str(fault["loc"][0]) if fault["loc"] else ""
+    where = origin.get(key, _flag_name(key))
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, MountSettings.model_fields, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "`tierd mount --help` lists all settings"
+        return UsageError(f"{where}: unknown setting", hint=hint)
+    if fault["type"] == "missing":
+        return UsageError(f"{where} is missing", hint="tierd mount SOURCE MOUNTPOINT")
+    reason = fault["msg"].removeprefix("Value error, ")
+    return UsageError(f"{where}: {reason} (got {fault['input']!r})", hint="`tierd mount --help` explains it")

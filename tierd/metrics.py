@@ -1,0 +1,130 @@
+"""Every metric of tierd, on one registry that is passed in. Labels come from fixed sets; models within a limit.
+
+Reference: https://prometheus.io/docs/practices/naming/ (base units, `_total`, no unbounded labels).
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.process_collector import ProcessCollector
+
+OTHER = "other"
+ERRNO_LABELS = frozenset(
+    {
+        "ENOENT", "EEXIST", "ENOTEMPTY", "EISDIR", "ENOTDIR", "EACCES", "EPERM", "EIO", "ENOSPC", "EDQUOT", "EROFS",
+        "ESTALE", "EINVAL", "ENODATA", "ENOSYS", "EOPNOTSUPP", "ENAMETOOLONG", "EXDEV", "EBUSY", "EMFILE", "ENFILE",
+        "ELOOP", "EMLINK", "EFBIG", "EINTR", "ETIMEDOUT", "ENXIO", "ERANGE", "E2BIG",
+    }
+)  # fmt: skip
+"""errno names that get a series of their own; all others count as `other`."""
+
+_LATENCY_BUCKETS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
+)  # fmt: skip
+
+
+class Metrics:
+    """What a node daemon counts. Safe to call from any thread; no method waits or raises."""
+
+    def __init__(self, registry: CollectorRegistry, *, models_max: int = 50, operations: Iterable[str] = ()) -> None:
+        self.registry = registry
+        self._models_max = models_max
+        self._models: dict[bytes, str] = {}
+        ProcessCollector(registry=registry)
+        self._opens = Counter("tierd_opens", "Files opened for reading.", ["model"], registry=registry)
+        self._loads = Counter("tierd_loads", "Loads begun: runs of opens of one model.", ["model"], registry=registry)
+        self._read_bytes = Counter(
+            "tierd_read_bytes",
+            "Bytes that the daemon itself served, counted at close.",
+            ["model"],
+            registry=registry,
+        )
+        self.written_bytes = Counter("tierd_written_bytes", "Bytes written to the source.", registry=registry)
+        self._errors = Counter(
+            "tierd_request_errors", "Requests answered with an error, by errno.", ["errno"], registry=registry
+        )
+        for name in (*ERRNO_LABELS, OTHER):
+            self._errors.labels(name)
+        self.handler_failures = Counter(
+            "tierd_handler_failures", "Requests answered EIO because of a defect in tierd; see the log.",
+            registry=registry,
+        )  # fmt: skip
+        self._latency = Histogram(
+            "tierd_request_seconds", "Time from a request's arrival to its answer.", ["operation"],
+            buckets=_LATENCY_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self.latency = {name: self._latency.labels(name) for name in operations}
+        self._dropped = Counter(
+            "tierd_dropped",
+            "Bookkeeping that did not fit: journal events, index rows.",
+            ["what"],
+            registry=registry,
+        )
+        self._dropped_journal = self._dropped.labels("journal_event")
+        self._dropped_index = self._dropped.labels("index_write")
+        self._dropped_rows = self._dropped.labels("index_row")
+        self._depth = Gauge("tierd_depth", "How much is queued or held now.", ["what"], registry=registry)
+        self._count_model(None)
+
+    def watch_depth(self, what: str, depth: Callable[[], float]) -> None:
+        """Export `depth()` at each scrape."""
+        self._depth.labels(what).set_function(depth)
+
+    def error(self, number: int) -> None:
+        """A request was answered with errno `number`."""
+        name = _errno.errorcode.get(number, OTHER)
+        self._errors.labels(name if name in ERRNO_LABELS else OTHER).inc()
+
+    def opened(self, model: bytes | None, *, load_begins: bool) -> None:
+        """A file was opened for reading."""
+        label = self._count_model(model)
+        self._opens.labels(label).inc()
+        if load_begins:
+            self._loads.labels(label).inc()
+
+    def closed(self, model: bytes | None, bytes_read: int) -> None:
+        """A file was closed."""
+        self._read_bytes.labels(self._count_model(model)).inc(bytes_read)
+
+    def event_dropped(self) -> None:
+        """The journal was full."""
+        self._dropped_journal.inc()
+
+    def events_lost(self, count: int) -> None:
+        """The index could not be written."""
+        self._dropped_index.inc(count)
+
+    def index_rows_pruned(self, count: int) -> None:
+        """Old rows made room."""
+        if count:
+            self._dropped_rows.inc(count)
+
+    def totals(self) -> dict[str, int]:
+        """The counters that `tierd status` shows, summed over their labels."""
+        counters = {
+            "opens": self._opens, "loads": self._loads, "read_bytes": self._read_bytes,
+            "written_bytes": self.written_bytes, "request_errors": self._errors,
+            "handler_failures": self.handler_failures, "dropped": self._dropped,
+        }  # fmt: skip
+        return {name: int(_sum(counter)) for name, counter in counters.items()}
+
+    def _count_model(self, model: bytes | None) -> str:
+        """The label of a model: its own for the first `models_max` models, `other` for the rest and for no model."""
+        if model is None:
+            return OTHER
+        label = self._models.get(model)
+        if label is not None:
+            return label
+        if len(self._models) >= self._models_max:
+            return OTHER
+        label = self._models[model] = model.decode("utf-8", "backslashreplace")
+        return label
+
+
+def _sum(counter: Counter) -> float:
+    return sum(
+        sample.value for family in counter.collect() for sample in family.samples if sample.name.endswith("_total")
+    )

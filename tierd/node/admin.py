@@ -1,0 +1,117 @@
+"""What a running daemon tells: status, models and opens over a unix socket; health and metrics over TCP.
+
+The admin socket is 0600 in a 0700 directory: who can open it is the daemon's own user. Nothing that
+changes anything is reachable over TCP.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import trio
+
+from tierd.metrics import Metrics
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+PROBE_SECONDS = 5.0
+_OPENS_MAX = 10_000
+
+Json = dict[str, Any] | list[Any]
+Answer = Callable[["Request"], Awaitable[Json]]
+
+
+def admin_app(status: Callable[[], Json], models: Answer, opens: Answer) -> Starlette:
+    """The app behind the unix socket."""
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    def route(path: str, answer: Answer) -> Route:
+        async def endpoint(request: Request) -> Response:
+            return JSONResponse(await answer(request))
+
+        return Route(path, endpoint)
+
+    async def tell_status(_: Request) -> Json:
+        return status()
+
+    return Starlette(routes=[route("/v1/status", tell_status), route("/v1/models", models), route("/v1/opens", opens)])
+
+
+def opens_limit(request: Request) -> int:
+    """How many rows a client asked for, within bounds."""
+    text = request.query_params.get("limit", "100")
+    return max(1, min(_OPENS_MAX, int(text))) if text.isascii() and text.isdigit() else 100
+
+
+def metrics_app(metrics: Metrics, mountpoint: Path) -> Starlette:
+    """The app behind `--metrics`: /metrics, /healthz (the process answers), /readyz (the mount answers)."""
+    from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse, Response
+    from starlette.routing import Route
+
+    async def tell_metrics(_: Request) -> Response:
+        text = await trio.to_thread.run_sync(generate_latest, metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    async def healthy(_: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def ready(_: Request) -> Response:
+        answers = await mount_answers(mountpoint)
+        return PlainTextResponse("ok\n" if answers else "mount does not answer\n", 200 if answers else 503)
+
+    return Starlette(routes=[Route("/metrics", tell_metrics), Route("/healthz", healthy), Route("/readyz", ready)])
+
+
+_probe_limit = trio.CapacityLimiter(2)
+
+
+async def mount_answers(mountpoint: Path, seconds: float = PROBE_SECONDS) -> bool:
+    """True if something is mounted there and answers a statfs in time (statfs(2) is never served from a cache)."""
+    with trio.move_on_after(seconds):
+        return await trio.to_thread.run_sync(_probe, mountpoint, abandon_on_cancel=True, limiter=_probe_limit)
+    return False
+
+
+def _probe(mountpoint: Path) -> bool:
+    try:
+        os.statvfs(mountpoint)
+    except OSError:
+        return False
+    return mountpoint.is_mount()
+
+
+def unix_listener(path: Path) -> socket.socket:
+    """A listening unix socket that only our user can connect to."""
+    path.unlink(missing_ok=True)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        server.bind(os.fsencode(path))
+    finally:
+        os.umask(before)
+    server.listen(16)
+    return server
+
+
+async def serve(app: Starlette, listener: socket.socket, until: Callable[[], Awaitable[None]]) -> None:
+    """Serve `app` on a socket that is already listening, until `until` returns."""
+    from hypercorn.config import Config
+    from hypercorn.trio import serve as hypercorn_serve
+
+    config = Config()
+    config.bind = [f"fd://{listener.detach()}"]
+    config.accesslog = None
+    config.errorlog = None
+    config.graceful_timeout = 1.0
+    await hypercorn_serve(cast(Any, app), config, shutdown_trigger=until, mode="asgi")

@@ -1,0 +1,357 @@
+"""The only importer of pyfuse3: turns its calls into overlay calls and errors into errno. No semantics here.
+
+pyfuse3 ends the whole mount when a handler raises anything but FUSEError, so every handler is
+wrapped: an OSError is its errno, anything else is EIO, a traceback in the log and a counter.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import structlog
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from tierd.metrics import Metrics
+from tierd.node.overlay import Caller, Entry, OpenedFile, Overlay
+from tierd.node.sources import Changes
+
+log = structlog.get_logger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+OPERATIONS = (
+    "lookup", "getattr", "setattr", "readlink", "mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link",
+    "open", "read", "write", "flush", "release", "fsync", "opendir", "readdir", "releasedir", "fsyncdir", "statfs",
+    "setxattr", "getxattr", "listxattr", "removexattr", "create",
+)  # fmt: skip
+"""Names of the requests that are timed, as metric labels."""
+
+REQUESTS_MAX = 512
+"""Requests that may be in work at once; more wait in the kernel."""
+_NOTIFICATIONS_MAX = 4096
+
+
+def handler(
+    function: Callable[Concatenate[FuseOperations, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[FuseOperations, P], Coroutine[Any, Any, T]]:
+    """Time a handler and translate what it raises."""
+    operation = function.__name__
+
+    async def wrapped(self: FuseOperations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        started = time.perf_counter()
+        try:
+            return await function(self, *args, **kwargs)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            self.metrics.error(number)
+            raise pyfuse3.FUSEError(number) from None
+        except Exception:
+            log.exception("handler_failed", operation=operation)
+            self.metrics.handler_failures.inc()
+            self.metrics.error(errno.EIO)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            self.metrics.latency[operation].observe(time.perf_counter() - started)
+
+    wrapped.__name__ = operation
+    return wrapped
+
+
+class FuseOperations(pyfuse3.Operations):
+    """The overlay as pyfuse3 wants it."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, overlay: Overlay, metrics: Metrics, *, attr_timeout_s: float, entry_timeout_s: float) -> None:
+        super().__init__()
+        self.overlay = overlay
+        self.metrics = metrics
+        self._attr_timeout_s = attr_timeout_s
+        self._entry_timeout_s = entry_timeout_s
+
+    # --- names ---
+
+    @handler
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self.overlay.lookup(parent_inode, name))
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for node_id, count in inode_list:
+            self.overlay.forget(node_id, count)
+
+    @handler
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self.overlay.getattr(inode))
+
+    @handler
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        return self._entry(await self.overlay.setattr(inode, _changes(attr, fields), fh))
+
+    @handler
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        return FileNameT(await self.overlay.readlink(inode))
+
+    @handler
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(await self.overlay.mknod(parent_inode, name, mode, rdev, _caller(ctx)))
+
+    @handler
+    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self.overlay.mkdir(parent_inode, name, mode, _caller(ctx)))
+
+    @handler
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self.overlay.unlink(parent_inode, name)
+
+    @handler
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self.overlay.rmdir(parent_inode, name)
+
+    @handler
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(await self.overlay.symlink(parent_inode, name, target, _caller(ctx)))
+
+    @handler
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        await self.overlay.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    @handler
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(await self.overlay.link(inode, new_parent_inode, new_name))
+
+    # --- files ---
+
+    @handler
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        return _file_info(await self.overlay.open(inode, flags, _caller(ctx)))
+
+    @handler
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        opened, entry = await self.overlay.create(parent_inode, name, flags, mode, _caller(ctx))
+        return _file_info(opened), self._entry(entry)
+
+    @handler
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return await self.overlay.read(fh, off, size)
+
+    @handler
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        written = await self.overlay.write(fh, off, buf)
+        self.metrics.written_bytes.inc(written)
+        return written
+
+    @handler
+    async def flush(self, fh: FileHandleT) -> None:
+        await self.overlay.flush(fh)
+
+    @handler
+    async def release(self, fh: FileHandleT) -> None:
+        await self.overlay.release(fh)
+
+    @handler
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        await self.overlay.fsync(fh, datasync)
+
+    # --- directories ---
+
+    @handler
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        return FileHandleT(await self.overlay.opendir(inode))
+
+    @handler
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        def reply(name: bytes, st: os.stat_result, node_id: int, next_position: int) -> bool:
+            entry = self._entry(Entry(node_id, st))
+            return pyfuse3.readdir_reply(token, FileNameT(name), entry, next_position)
+
+        await self.overlay.readdir(fh, start_id, reply)
+
+    @handler
+    async def releasedir(self, fh: FileHandleT) -> None:
+        await self.overlay.releasedir(fh)
+
+    @handler
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        await self.overlay.fsyncdir(fh)
+
+    # --- the rest ---
+
+    @handler
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        return _statvfs(await self.overlay.statfs())
+
+    @handler
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        return await self.overlay.getxattr(inode, name)
+
+    @handler
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        return [XAttrNameT(name) for name in await self.overlay.listxattr(inode)]
+
+    @handler
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
+        await self.overlay.setxattr(inode, name, value)
+
+    @handler
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        await self.overlay.removexattr(inode, name)
+
+    def _entry(self, entry: Entry) -> EntryAttributes:
+        st = entry.attributes
+        attributes = EntryAttributes()
+        attributes.st_ino = InodeT(entry.node_id)
+        attributes.attr_timeout = self._attr_timeout_s
+        attributes.entry_timeout = self._entry_timeout_s
+        attributes.st_mode = ModeT(st.st_mode)
+        attributes.st_nlink = st.st_nlink
+        attributes.st_uid = st.st_uid
+        attributes.st_gid = st.st_gid
+        attributes.st_rdev = st.st_rdev
+        attributes.st_size = st.st_size
+        attributes.st_blksize = st.st_blksize
+        attributes.st_blocks = st.st_blocks
+        attributes.st_atime_ns = st.st_atime_ns
+        attributes.st_mtime_ns = st.st_mtime_ns
+        attributes.st_ctime_ns = st.st_ctime_ns
+        return attributes
+
+
+class Notifier:
+    """Tells the kernel what not to trust any longer, from a thread of its own: notifications may block.
+
+    At most `_NOTIFICATIONS_MAX` wait; more are dropped and counted, and the attribute timeout does
+    their work a little later.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[int | None] = queue.Queue(_NOTIFICATIONS_MAX)
+        self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
+        self.dropped = 0
+
+    def start(self) -> None:
+        """Start the thread; the mount must exist."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end after what is queued; never waits."""
+        try:
+            self._queue.put_nowait(None)
+        except queue.Full:
+            log.warning("notifications_left", queued=self._queue.qsize())
+
+    def attributes_changed(self, node_id: int) -> None:
+        """The kernel must ask again for the attributes of a node. Never blocks."""
+        try:
+            self._queue.put_nowait(node_id)
+        except queue.Full:
+            self.dropped += 1
+
+    def _run(self) -> None:
+        while (node_id := self._queue.get()) is not None:
+            try:
+                pyfuse3.invalidate_inode(InodeT(node_id), attr_only=True)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    log.warning("notification_failed", node_id=node_id, reason=str(error))
+
+
+def mount(operations: FuseOperations, mountpoint: Path, *, allow_other: bool) -> None:
+    """Mount; requests queue in the kernel until `serve`. Raises RuntimeError if libfuse refuses."""
+    options = {"default_permissions", "fsname=tierd", "subtype=tierd"}
+    if allow_other:
+        options.add("allow_other")
+    pyfuse3.init(operations, str(mountpoint), options)
+
+
+async def serve() -> None:
+    """Answer requests until `stop` or until somebody unmounts."""
+    await pyfuse3.main(max_tasks=REQUESTS_MAX)
+
+
+def stop() -> None:
+    """Make `serve` return once the requests in work are answered."""
+    pyfuse3.terminate()
+
+
+def unmount() -> None:
+    """Unmount (lazily if busy) and give everything back to libfuse."""
+    pyfuse3.close(unmount=True)
+
+
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, ctx.pid)
+
+
+def _file_info(opened: OpenedFile) -> FileInfo:
+    return FileInfo(fh=FileHandleT(opened.fh), keep_cache=opened.keep_cache)
+
+
+def _changes(attr: EntryAttributes, fields: SetattrFields) -> Changes:
+    return Changes(
+        mode=attr.st_mode if fields.update_mode else None,
+        uid=attr.st_uid if fields.update_uid else None,
+        gid=attr.st_gid if fields.update_gid else None,
+        size=attr.st_size if fields.update_size else None,
+        atime_ns=attr.st_atime_ns if fields.update_atime else None,
+        mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+    )
+
+
+def _statvfs(st: os.statvfs_result) -> StatvfsData:
+    data = StatvfsData()
+    for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+        setattr(data, name, getattr(st, name))
+    data.f_namemax = st.f_namemax
+    return data
+
+
+def versions() -> dict[str, Any]:
+    """What the mount is served with."""
+    return {"pyfuse3": pyfuse3.__version__}

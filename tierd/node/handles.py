@@ -1,0 +1,150 @@
+"""Open files and directories, and the bounded cache of directory descriptors that names are resolved in.
+
+Handle numbers are counters, never descriptor numbers. A descriptor that a worker thread uses is not
+closed under it: `uses` counts the users, and the last one to leave closes.
+
+Contract: the maps are touched from the trio thread only; descriptors are closed in worker threads,
+because closing a file on a stalled network file system may block.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+
+from tierd.node.inodes import InodeTable, Node
+from tierd.node.sources import Moved, PosixSource, Ref
+
+
+class FileHandle:
+    """One open file. `recorded_path` is what its open was recorded under, and its close must be; None if it was not."""
+
+    __slots__ = ("bytes_read", "closing", "fd", "fh", "node", "recorded_path", "uses", "writable")
+
+    def __init__(self, fh: int, node: Node, fd: int, writable: bool) -> None:
+        self.fh = fh
+        self.node = node
+        self.fd = fd
+        self.writable = writable
+        self.bytes_read = 0
+        self.recorded_path: bytes | None = None
+        self.uses = 0
+        self.closing = False
+
+
+class DirHandle:
+    """One open directory: the listing it was opened with, and how many entries fit in the last reply."""
+
+    __slots__ = ("fd", "fh", "names", "node", "reply_size")
+
+    def __init__(self, fh: int, node: Node, fd: int) -> None:
+        self.fh = fh
+        self.node = node
+        self.fd = fd
+        self.names: list[bytes] = []
+        self.reply_size = 24
+        """First guess: a 4 KiB reply holds about that many READDIRPLUS entries."""
+
+
+RunBlocking = Callable[..., Awaitable[int]]
+
+
+class _Hold:
+    """One use of a cached directory descriptor: `async with cache.hold(node) as fd`."""
+
+    __slots__ = ("_cache", "_entry", "_node")
+
+    def __init__(self, cache: DirCache, node: Node) -> None:
+        self._cache = cache
+        self._node = node
+
+    async def __aenter__(self) -> int:
+        entry = self._cache.peek(self._node) or await self._cache.open(self._node)
+        entry.uses += 1
+        self._entry = entry
+        return entry.fd
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entry.uses -= 1
+        self._cache.close_if_done(self._entry)
+
+
+class _DirFd:
+    __slots__ = ("dropped", "fd", "uses")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.uses = 0
+        self.dropped = False
+
+
+class DirCache:
+    """O_PATH descriptors of directories, least recently used first, at most `capacity` plus those in use.
+
+    O_PATH descriptors hold no state on the source, so they are closed right here.
+    """
+
+    def __init__(self, source: PosixSource, inodes: InodeTable, run: RunBlocking, capacity: int = 512) -> None:
+        self._source = source
+        self._inodes = inodes
+        self._run = run
+        self._capacity = capacity
+        self._fds: OrderedDict[Node, _DirFd] = OrderedDict()
+        self._root = _DirFd(source.root_fd)
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def hold(self, node: Node) -> _Hold:
+        """A descriptor to resolve names of directory `node` in, for the length of an `async with`. Raises Moved."""
+        return _Hold(self, node)
+
+    def peek(self, node: Node) -> _DirFd | None:
+        """The descriptor if it is there already."""
+        if node is self._inodes.root:
+            return self._root
+        entry = self._fds.get(node)
+        if entry is not None:
+            self._fds.move_to_end(node)
+        return entry
+
+    async def open(self, node: Node) -> _DirFd:
+        """Open the directory by its latest name, its parents first."""
+        parent, name = node.parent, node.name
+        if parent is None:
+            raise Moved
+        async with self.hold(parent) as parent_fd:
+            fd = await self._run(self._source.open_dir, Ref(parent_fd, name, node.key), os.O_PATH)
+        raced = self._fds.get(node)
+        if raced is not None:
+            os.close(fd)
+            return raced
+        entry = self._fds[node] = _DirFd(fd)
+        while len(self._fds) > self._capacity:
+            self._drop(self._fds.popitem(last=False)[1])
+        return entry
+
+    def drop(self, node: Node) -> None:
+        """The directory is gone or forgotten."""
+        entry = self._fds.pop(node, None)
+        if entry is not None:
+            self._drop(entry)
+
+    def _drop(self, entry: _DirFd) -> None:
+        entry.dropped = True
+        self.close_if_done(entry)
+
+    def close_if_done(self, entry: _DirFd) -> None:
+        """Close a dropped descriptor once nobody uses it."""
+        if entry.dropped and entry.uses == 0 and entry.fd >= 0:
+            os.close(entry.fd)
+            entry.fd = -1
+
+    def close(self) -> None:
+        """Drop everything (at the end)."""
+        for node in list(self._fds):
+            self.drop(node)

@@ -1,0 +1,176 @@
+"""The inode table: which node ID means which source inode, under which names, and how often the kernel knows it.
+
+No I/O here. A node ID is never used twice, and it is one *content version*: when the content changed
+behind the overlay, the node is retired and the next lookup gets a new one (DESIGN.md, "The kernel's rule").
+
+Contract: used from the trio thread only, and no method awaits, so each call is atomic.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from tierd.node.sources import Key, Moved, Version
+
+if TYPE_CHECKING:
+    from tierd.node.handles import FileHandle
+
+ROOT_ID = 1
+_OTHER_NAMES_MAX = 64
+"""Hard links remembered per inode beyond the latest name; the oldest is forgotten first, and found again by lookup."""
+_YOUNG_MAX = 1024
+"""Retired inodes whose successor was not looked up yet; the oldest is forgotten first."""
+
+
+class Node:
+    """One inode as the kernel knows it.
+
+    `parent` and `name` are where it was seen last (None once no name is known), `others` more hard
+    links. `lookups` is the kernel's lookup count. `version` is the content that this node ID stands
+    for, packed by `pack`; None until known. `writers` counts descriptors open for writing, `handles`
+    all open ones. Slots, because a walk over 100,000 files makes 100,000 of them.
+    """
+
+    __slots__ = (
+        "handles", "id", "key", "lookups", "name", "others", "parent", "retired", "version", "writers", "young_until",
+    )  # fmt: skip
+
+    def __init__(self, node_id: int, key: Key, parent: Node | None, name: bytes) -> None:
+        self.id = node_id
+        self.key = key
+        self.parent = parent
+        self.name = name
+        self.others: list[tuple[Node, bytes]] | None = None
+        self.lookups = 0
+        self.version: int | None = None
+        self.writers = 0
+        self.handles: list[FileHandle] | None = None
+        self.retired = False
+        self.young_until = 0.0
+
+    def names(self) -> Iterator[tuple[Node, bytes]]:
+        """All names known, the latest first."""
+        if self.parent is not None:
+            yield self.parent, self.name
+        yield from reversed(self.others or ())
+
+
+def pack(version: Version) -> int:
+    """A version as one integer: a third of the tuple's memory, equal exactly when the versions are."""
+    return (version.size << 128) | ((version.mtime_ns & _U64) << 64) | (version.ctime_ns & _U64)
+
+
+_U64 = (1 << 64) - 1
+
+
+class InodeTable:
+    """All nodes that the kernel knows, by node ID and by source inode.
+
+    Invariants (`check`): `_by_id` holds the root and every node with `lookups > 0`; `_by_key` holds
+    exactly those of them that are not retired; no node has one name twice.
+    """
+
+    def __init__(self, root_key: Key) -> None:
+        self.root = Node(ROOT_ID, root_key, None, b"")
+        self._by_id: dict[int, Node] = {ROOT_ID: self.root}
+        self._by_key: dict[Key, Node] = {root_key: self.root}
+        self._next_id = ROOT_ID + 1
+        self._young: OrderedDict[Key, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def get(self, node_id: int) -> Node:
+        """The node of a request. Raises ESTALE if the kernel was told to forget it."""
+        node = self._by_id.get(node_id)
+        if node is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return node
+
+    def by_key(self, key: Key) -> Node | None:
+        """The live node of a source inode, if the kernel knows it."""
+        return self._by_key.get(key)
+
+    def seen(self, parent: Node, name: bytes, key: Key) -> Node:
+        """The node that `name` in `parent` means now; one lookup is counted, as each reply with an entry does."""
+        node = self._by_key.get(key)
+        if node is None:
+            node = Node(self._next_id, key, parent, name)
+            if key in self._young:
+                node.young_until = self._young.pop(key)
+            self._next_id += 1
+            self._by_id[node.id] = node
+            self._by_key[key] = node
+        else:
+            self.add_name(node, parent, name)
+        node.lookups += 1
+        return node
+
+    def forget(self, node_id: int, count: int) -> Node | None:
+        """The kernel dropped `count` lookups; the node if those were the last. Total: unknown IDs are ignored."""
+        node = self._by_id.get(node_id)
+        if node is None or node is self.root:
+            return None
+        node.lookups = max(0, node.lookups - count)
+        if node.lookups > 0:
+            return None
+        del self._by_id[node_id]
+        if not node.retired:
+            del self._by_key[node.key]
+        return node
+
+    def retire(self, node: Node, young_until: float) -> None:
+        """The content that this node stands for is gone: the next lookup of its inode gets a new node.
+
+        That one is `young` until the time given, so that content which changes all the time settles.
+        """
+        node.retired = True
+        del self._by_key[node.key]
+        self._young[node.key] = young_until
+        self._young.move_to_end(node.key)
+        if len(self._young) > _YOUNG_MAX:
+            self._young.popitem(last=False)
+
+    def add_name(self, node: Node, parent: Node, name: bytes) -> None:
+        """`name` in `parent` means `node`, as of now."""
+        if node is self.root or (node.parent is parent and node.name == name):
+            return
+        self.drop_name(node, parent, name)
+        if node.parent is not None:
+            node.others = [*(node.others or ())[-_OTHER_NAMES_MAX:], (node.parent, node.name)]
+        node.parent, node.name = parent, name
+
+    def drop_name(self, node: Node, parent: Node, name: bytes) -> None:
+        """`name` in `parent` no longer means `node`."""
+        if node.others:
+            node.others = [other for other in node.others if other[0] is not parent or other[1] != name] or None
+        if node.parent is parent and node.name == name:
+            if node.others:
+                node.parent, node.name = node.others.pop()
+                node.others = node.others or None
+            else:
+                node.parent, node.name = None, b""
+
+    def path(self, node: Node) -> bytes:
+        """The latest path of a node, relative to the source. Raises Moved if none is known."""
+        parts = []
+        while node is not self.root:
+            if node.parent is None:
+                raise Moved
+            parts.append(node.name)
+            node = node.parent
+        return b"/".join(reversed(parts))
+
+    def check(self) -> None:
+        """Assert the invariants; for tests."""
+        for node_id, node in self._by_id.items():
+            assert node.id == node_id
+            assert node is self.root or node.lookups > 0, f"node {node_id} without lookups"
+            assert node.retired == (self._by_key.get(node.key) is not node), f"node {node_id} wrongly keyed"
+            names = [(id(parent), name) for parent, name in node.names()]
+            assert len(names) == len(set(names)), f"node {node_id} has a name twice"
+        assert all(self._by_id.get(node.id) is node for node in self._by_key.values())

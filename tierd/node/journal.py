@@ -1,0 +1,76 @@
+"""Accesses as they happen: a bounded queue between the read path, which never waits, and the recorder.
+
+Contract: `opened` and `closed` are called from the trio thread and never await. An open that does not
+fit is dropped and counted, and its close is then not recorded either, so the two always balance;
+the close of a recorded open always fits (there are at most as many as open files).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import trio
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file was opened for reading. `at_ns`: nanoseconds since the epoch; `pod`: its UID where visible."""
+
+    fh: int
+    path: bytes
+    at_ns: int
+    uid: int
+    pod: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A recorded open ended; `bytes_read` counts what the daemon itself served."""
+
+    fh: int
+    path: bytes
+    at_ns: int
+    bytes_read: int
+
+
+Event = Opened | Closed
+
+
+class Journal:
+    """The queue. `dropped` counts opens that did not fit since the start."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._events: deque[Event] = deque()
+        self._wakeup = trio.Event()
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def opened(self, event: Opened) -> bool:
+        """Note an open; False if the queue is full and it was dropped."""
+        if len(self._events) >= self._capacity:
+            self.dropped += 1
+            return False
+        self._put(event)
+        return True
+
+    def closed(self, event: Closed) -> None:
+        """Note the end of an open that `opened` accepted."""
+        self._put(event)
+
+    def _put(self, event: Event) -> None:
+        self._events.append(event)
+        self._wakeup.set()
+
+    async def wait(self) -> None:
+        """Return once there is something to take."""
+        while not self._events:
+            self._wakeup = trio.Event()
+            await self._wakeup.wait()
+
+    def take(self, limit: int) -> list[Event]:
+        """Up to `limit` events, the oldest first."""
+        return [self._events.popleft() for _ in range(min(limit, len(self._events)))]

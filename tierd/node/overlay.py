@@ -1,0 +1,478 @@
+"""The overlay: what each file system call means, over a source directory. Knows neither pyfuse3 nor the kernel.
+
+Methods take and return plain data and raise OSError; `fuse.py` adapts them to the kernel, tests call
+them directly. Blocking calls run in worker threads: metadata and data have limits of their own, so
+slow reads cannot starve `stat`.
+
+Contract: all state belongs to the trio thread. After every `await` a node may have been renamed,
+retired or forgotten; so replies are built from what the source just said, never from what was
+remembered. Names are found through directory descriptors, inodes through any name or open handle
+that still leads to them (`_on_node`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar, TypeVarTuple
+
+import trio
+
+from tierd.node.caller import pod_of
+from tierd.node.handles import DirCache, DirHandle, FileHandle
+from tierd.node.inodes import ROOT_ID, InodeTable, Node, pack
+from tierd.node.journal import Closed, Journal, Opened
+from tierd.node.sources import (
+    Changes,
+    Creator,
+    Moved,
+    PosixSource,
+    Ref,
+    Version,
+    flush,
+    forced_version,
+    read_at,
+    version_of,
+    write_at,
+)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_METADATA_THREADS = 16
+_DATA_THREADS = 16
+_YOUNG_SECONDS = 5.0
+"""How long a node that replaced a retired one is not itself retired: the kernel looks a name up again only
+once per open (open(2) fails with ESTALE the second time), so a file that changes all the time must settle."""
+_READDIR_BATCH_MAX = 512
+
+
+class Caller(NamedTuple):
+    """Who sent a request."""
+
+    uid: int
+    gid: int
+    pid: int
+
+
+class Entry(NamedTuple):
+    """A node and its attributes, as a reply with an entry carries them."""
+
+    node_id: int
+    attributes: os.stat_result
+
+
+class OpenedFile(NamedTuple):
+    """The answer to an open. `keep_cache` is False if cached pages of the node must go."""
+
+    fh: int
+    keep_cache: bool
+
+
+class Overlay:
+    """See the module.
+
+    `attributes_changed` is called with a node ID whose attributes the kernel should not trust any
+    longer, `event_dropped` when the journal was full; `now_ns` is the wall clock accesses are recorded with.
+    """
+
+    def __init__(
+        self,
+        source: PosixSource,
+        journal: Journal,
+        *,
+        attributes_changed: Callable[[int], None],
+        event_dropped: Callable[[], None],
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.source = source
+        self.journal = journal
+        self._now_ns = now_ns
+        self.inodes = InodeTable(source.key(os.fstat(source.root_fd)))
+        self.metadata_limit = trio.CapacityLimiter(_METADATA_THREADS)
+        self.data_limit = trio.CapacityLimiter(_DATA_THREADS)
+        self.dirs = DirCache(source, self.inodes, self._run)
+        self.files: dict[int, FileHandle] = {}
+        self.listings: dict[int, DirHandle] = {}
+        self._next_fh = 1
+        self.retired = 0
+        """Nodes retired because their content changed beneath the mount."""
+        self._attributes_changed = attributes_changed
+        self._event_dropped = event_dropped
+
+    # --- running blocking calls ---
+
+    async def _run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        return await trio.to_thread.run_sync(function, *args, limiter=self.metadata_limit, abandon_on_cancel=True)
+
+    async def _run_data(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        return await trio.to_thread.run_sync(function, *args, limiter=self.data_limit, abandon_on_cancel=True)
+
+    async def _on_node(self, node: Node, function: Callable[..., T], *args: Any) -> T:
+        """Run `function(ref, *args)` on the inode, through an open handle or the first name that still means it."""
+        if node.handles:
+            handle = node.handles[-1]
+            with self._using(handle):
+                return await self._run(function, Ref(handle.fd, None, node.key), *args)
+        if node is self.inodes.root:
+            return await self._run(function, Ref(self.source.root_fd, None, node.key), *args)
+        while node.parent is not None:
+            parent, name = node.parent, node.name
+            try:
+                async with self.dirs.hold(parent) as dir_fd:
+                    return await self._run(function, Ref(dir_fd, name, node.key), *args)
+            except Moved:
+                self.inodes.drop_name(node, parent, name)
+        raise Moved
+
+    @contextmanager
+    def _using(self, handle: FileHandle) -> Iterator[None]:
+        handle.uses += 1
+        try:
+            yield
+        finally:
+            handle.uses -= 1
+            if handle.closing and handle.uses == 0:
+                os.close(handle.fd)
+
+    # --- names ---
+
+    async def lookup(self, parent_id: int, name: bytes) -> Entry:
+        """Find a name; counts one lookup."""
+        parent = self.inodes.get(parent_id)
+        async with self.dirs.hold(parent) as dir_fd:
+            st = await self._run(self.source.lstat, dir_fd, name)
+        return self._seen(parent, name, st)
+
+    def _seen(self, parent: Node, name: bytes, st: os.stat_result) -> Entry:
+        return Entry(self._count(parent, name, st).id, st)
+
+    def _count(self, parent: Node, name: bytes, st: os.stat_result) -> Node:
+        node = self.inodes.seen(parent, name, self.source.key(st))
+        if node.version is None:
+            node.version = pack(version_of(st))
+        return node
+
+    def forget(self, node_id: int, count: int) -> None:
+        """The kernel forgot `count` lookups. Never raises."""
+        node = self.inodes.forget(node_id, count)
+        if node is not None:
+            self.dirs.drop(node)
+
+    async def getattr(self, node_id: int) -> Entry:
+        """Attributes of a node."""
+        return Entry(node_id, await self._on_node(self.inodes.get(node_id), self.source.stat))
+
+    async def setattr(self, node_id: int, changes: Changes, fh: int | None) -> Entry:
+        """chmod, chown, truncate and utimens in one."""
+        node = self.inodes.get(node_id)
+        handle = self.files.get(fh) if fh is not None else None
+        if handle is None or not handle.writable:
+            before, after = await self._on_node(node, self.source.setattr, changes, None)
+        else:
+            with self._using(handle):
+                ref = Ref(handle.fd, None, node.key)
+                before, after = await self._run(self.source.setattr, ref, changes, handle.fd)
+        self._carry(node, before, after)
+        return Entry(node_id, after)
+
+    def _carry(self, node: Node, before: os.stat_result, after: os.stat_result) -> None:
+        """Our own change is no reason to retire a node that was current before it."""
+        if node.version == pack(version_of(before)):
+            node.version = pack(version_of(after))
+
+    async def readlink(self, node_id: int) -> bytes:
+        """The target of a symbolic link."""
+        return await self._on_node(self.inodes.get(node_id), self.source.readlink)
+
+    async def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
+        """Make a file, FIFO, socket or device node that belongs to the caller."""
+        return await self._make(parent_id, name, self.source.mknod, mode, rdev, _owner(caller))
+
+    async def mkdir(self, parent_id: int, name: bytes, mode: int, caller: Caller) -> Entry:
+        """Make a directory that belongs to the caller."""
+        return await self._make(parent_id, name, self.source.mkdir, mode, _owner(caller))
+
+    async def symlink(self, parent_id: int, name: bytes, target: bytes, caller: Caller) -> Entry:
+        """Make a symbolic link that belongs to the caller."""
+        return await self._make(parent_id, name, self.source.symlink, target, _owner(caller))
+
+    async def _make(self, parent_id: int, name: bytes, function: Callable[..., os.stat_result], *args: Any) -> Entry:
+        parent = self.inodes.get(parent_id)
+        async with self.dirs.hold(parent) as dir_fd:
+            st = await self._run(function, dir_fd, name, *args)
+        return self._seen(parent, name, st)
+
+    async def link(self, node_id: int, parent_id: int, name: bytes) -> Entry:
+        """One more name for a node."""
+        node, parent = self.inodes.get(node_id), self.inodes.get(parent_id)
+        async with self.dirs.hold(parent) as dir_fd:
+            before, after = await self._on_node(node, self.source.link, dir_fd, name)
+        self._carry(node, before, after)
+        return self._seen(parent, name, after)
+
+    async def unlink(self, parent_id: int, name: bytes) -> None:
+        """Remove a name; open descriptors keep the file."""
+        await self._remove(parent_id, name, self.source.unlink)
+
+    async def rmdir(self, parent_id: int, name: bytes) -> None:
+        """Remove an empty directory."""
+        await self._remove(parent_id, name, self.source.rmdir)
+
+    async def _remove(self, parent_id: int, name: bytes, function: Callable[[int, bytes], os.stat_result]) -> None:
+        parent = self.inodes.get(parent_id)
+        async with self.dirs.hold(parent) as dir_fd:
+            gone = await self._run(function, dir_fd, name)
+        self._lost(parent, name, gone)
+
+    def _lost(self, parent: Node, name: bytes, st: os.stat_result) -> None:
+        node = self.inodes.by_key(self.source.key(st))
+        if node is not None:
+            self.inodes.drop_name(node, parent, name)
+
+    async def rename(self, old_parent_id: int, old: bytes, new_parent_id: int, new: bytes, flags: int) -> None:
+        """renameat2(2) with its flags, where the source supports them."""
+        old_parent, new_parent = self.inodes.get(old_parent_id), self.inodes.get(new_parent_id)
+        async with self.dirs.hold(old_parent) as old_fd, self.dirs.hold(new_parent) as new_fd:
+            moved, replaced, after = await self._run(self.source.rename, old_fd, old, new_fd, new, flags)
+        if replaced is not None and self.source.key(replaced) == self.source.key(moved):
+            return
+        if replaced is not None:
+            self._lost(new_parent, new, replaced)
+            other = self.inodes.by_key(self.source.key(replaced))
+            if other is not None and flags & _RENAME_EXCHANGE:
+                self.inodes.add_name(other, old_parent, old)
+        node = self.inodes.by_key(self.source.key(moved))
+        if node is not None:
+            self.inodes.drop_name(node, old_parent, old)
+            self.inodes.add_name(node, new_parent, new)
+            self._carry(node, moved, after)
+
+    # --- files ---
+
+    async def open(self, node_id: int, flags: int, caller: Caller) -> OpenedFile:
+        """Open a file. Raises ESTALE when the content changed beneath: the kernel then looks the name up again."""
+        node = self.inodes.get(node_id)
+        fd, version, pod = await self._on_node(node, self._open_blocking, flags, caller.pid)
+        packed = pack(version)
+        keep_cache = True
+        if node.version != packed and not flags & os.O_TRUNC and node.writers == 0:
+            if not node.retired and trio.current_time() >= node.young_until:
+                self._retire(node)
+                await self._run(os.close, fd)
+                raise Moved
+            keep_cache = False
+            self._attributes_changed(node_id)
+        if node.writers == 0:
+            node.version = packed
+        return OpenedFile(self._new_handle(node, fd, flags, caller.uid, pod).fh, keep_cache)
+
+    def _open_blocking(self, ref: Ref, flags: int, pid: int) -> tuple[int, Version, str | None]:
+        fd, version = self.source.open(ref, flags)
+        return fd, version, pod_of(pid)
+
+    def _retire(self, node: Node) -> None:
+        self.inodes.retire(node, trio.current_time() + _YOUNG_SECONDS)
+        self.retired += 1
+
+    def _new_handle(self, node: Node, fd: int, flags: int, uid: int, pod: str | None) -> FileHandle:
+        access = flags & os.O_ACCMODE
+        handle = FileHandle(self._fh(), node, fd, access != os.O_RDONLY)
+        self.files[handle.fh] = handle
+        node.writers += handle.writable
+        node.handles = [*(node.handles or ()), handle]
+        if access != os.O_WRONLY:
+            self._record_open(handle, uid, pod)
+        return handle
+
+    def _record_open(self, handle: FileHandle, uid: int, pod: str | None) -> None:
+        try:
+            path = self.inodes.path(handle.node)
+        except Moved:
+            return
+        if self.journal.opened(Opened(handle.fh, path, self._now_ns(), uid, pod)):
+            handle.recorded_path = path
+        else:
+            self._event_dropped()
+
+    def _fh(self) -> int:
+        self._next_fh += 1
+        return self._next_fh
+
+    async def create(
+        self, parent_id: int, name: bytes, flags: int, mode: int, caller: Caller
+    ) -> tuple[OpenedFile, Entry]:
+        """Create and open. If somebody else was faster and the caller allows it, the kernel opens that file instead.
+
+        That is asked for with ESTALE, so that the kernel checks the caller's permission on it first.
+        """
+        parent = self.inodes.get(parent_id)
+        async with self.dirs.hold(parent) as dir_fd:
+            try:
+                fd, st, version, pod = await self._run(self._create_blocking, dir_fd, name, flags, mode, caller)
+            except FileExistsError:
+                if flags & os.O_EXCL:
+                    raise
+                raise Moved from None
+        node = self._count(parent, name, st)
+        node.version = pack(version)
+        return OpenedFile(self._new_handle(node, fd, flags, caller.uid, pod).fh, True), Entry(node.id, st)
+
+    def _create_blocking(
+        self, dir_fd: int, name: bytes, flags: int, mode: int, caller: Caller
+    ) -> tuple[int, os.stat_result, Version, str | None]:
+        return *self.source.create(dir_fd, name, flags, mode, _owner(caller)), pod_of(caller.pid)
+
+    async def read(self, fh: int, offset: int, size: int) -> bytes:
+        """Bytes at `offset`, fewer than `size` only at the end of the file."""
+        handle = self._file(fh)
+        data = await self._run_data(read_at, handle.fd, size, offset)
+        handle.bytes_read += len(data)
+        return data
+
+    async def write(self, fh: int, offset: int, data: bytes) -> int:
+        """Write at `offset`; how many bytes reached the source."""
+        return await self._run_data(write_at, self._file(fh).fd, data, offset)
+
+    async def flush(self, fh: int) -> None:
+        """A descriptor was closed: report errors of delayed writes, and make them visible to other mounts."""
+        handle = self._file(fh)
+        if handle.writable:
+            await self._run_data(flush, handle.fd)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Make written data durable on the source."""
+        await self._run_data(os.fdatasync if datasync else os.fsync, self._file(fh).fd)
+
+    async def release(self, fh: int) -> None:
+        """The last descriptor of an open was closed."""
+        handle = self.files.pop(fh)
+        node = handle.node
+        version = await self._run_data(_final_version, handle.fd) if handle.writable else None
+        node.handles = [other for other in node.handles or () if other is not handle] or None
+        if handle.writable:
+            node.writers -= 1
+            if node.writers == 0 and version is not None:
+                node.version = pack(version)
+        if handle.recorded_path is not None:
+            self.journal.closed(Closed(fh, handle.recorded_path, self._now_ns(), handle.bytes_read))
+        handle.closing = True
+        if handle.uses == 0:
+            await self._run_data(os.close, handle.fd)
+
+    def _file(self, fh: int) -> FileHandle:
+        handle = self.files.get(fh)
+        if handle is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return handle
+
+    # --- directories ---
+
+    async def opendir(self, node_id: int) -> int:
+        """Open a directory for listing."""
+        node = self.inodes.get(node_id)
+        fd = await self._on_node(node, self.source.open_dir)
+        handle = DirHandle(self._fh(), node, fd)
+        self.listings[handle.fh] = handle
+        return handle.fh
+
+    async def readdir(self, fh: int, start: int, reply: Callable[[bytes, os.stat_result, int, int], bool]) -> None:
+        """Give entries from position `start` to `reply(name, attributes, node_id, next_position)` until it is full.
+
+        `reply` returns False, and counts no lookup, for the entry that did not fit. Attributes are read in
+        this call, never carried over from an earlier one: the kernel drops replies older than a write, but
+        only if they were asked for before it.
+        """
+        handle = self._listing(fh)
+        if start == 0:
+            handle.names = [b".", b"..", *await self._run(self.source.list_names, handle.fd)]
+        position = start
+        while position < len(handle.names):
+            names = handle.names[position : position + handle.reply_size]
+            found = await self._run(self.source.lstat_many, handle.fd, names)
+            for name, st in zip(names, found, strict=True):
+                position += 1
+                if st is not None and not self._reply_entry(handle.node, name, st, position, reply):
+                    handle.reply_size = max(8, min(_READDIR_BATCH_MAX, position - start + 1))
+                    return
+
+    def _reply_entry(
+        self,
+        parent: Node,
+        name: bytes,
+        st: os.stat_result,
+        position: int,
+        reply: Callable[[bytes, os.stat_result, int, int], bool],
+    ) -> bool:
+        if name in (b".", b".."):
+            node = parent if name == b"." else (parent.parent or parent)
+            return reply(name, st, node.id, position)
+        node = self._count(parent, name, st)
+        if reply(name, st, node.id, position):
+            return True
+        self.forget(node.id, 1)
+        return False
+
+    async def releasedir(self, fh: int) -> None:
+        """Close a listing."""
+        handle = self.listings.pop(fh)
+        await self._run(os.close, handle.fd)
+
+    async def fsyncdir(self, fh: int) -> None:
+        """Make names in a directory durable on the source."""
+        await self._run_data(os.fsync, self._listing(fh).fd)
+
+    def _listing(self, fh: int) -> DirHandle:
+        handle = self.listings.get(fh)
+        if handle is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return handle
+
+    # --- the rest ---
+
+    async def getxattr(self, node_id: int, name: bytes) -> bytes:
+        """Value of an extended attribute."""
+        return await self._on_node(self.inodes.get(node_id), self.source.getxattr, name)
+
+    async def listxattr(self, node_id: int) -> list[bytes]:
+        """Names of the extended attributes."""
+        return await self._on_node(self.inodes.get(node_id), self.source.listxattr)
+
+    async def setxattr(self, node_id: int, name: bytes, value: bytes) -> None:
+        """Set an extended attribute."""
+        node = self.inodes.get(node_id)
+        self._carry(node, *await self._on_node(node, self.source.setxattr, name, value))
+
+    async def removexattr(self, node_id: int, name: bytes) -> None:
+        """Remove an extended attribute."""
+        node = self.inodes.get(node_id)
+        self._carry(node, *await self._on_node(node, self.source.removexattr, name))
+
+    async def statfs(self) -> os.statvfs_result:
+        """Size and free space of the source."""
+        return await self._run(self.source.statvfs)
+
+    def check(self) -> None:
+        """Assert the invariants that the parts declare; for tests."""
+        self.inodes.check()
+        assert self.inodes.get(ROOT_ID) is self.inodes.root
+        for handle in self.files.values():
+            assert handle in (handle.node.handles or ())
+
+
+_RENAME_EXCHANGE = 2
+
+
+def _owner(caller: Caller) -> Creator:
+    return Creator(caller.uid, caller.gid)
+
+
+def _final_version(fd: int) -> Version | None:
+    """The version that a writer leaves behind; None if the source does not say, then the next open adopts it."""
+    try:
+        return forced_version(fd)
+    except OSError:
+        return None

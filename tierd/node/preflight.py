@@ -1,0 +1,203 @@
+"""Everything that must hold before a mount is made: paths, nesting, locks, ports. Leaves nothing behind on failure."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+import structlog
+
+from tierd.config import MountSettings, host_port
+from tierd.errors import UsageError
+from tierd.runtime import default_state_dir, private_dir, runtime_dir
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo, proc(5)."""
+
+    mountpoint: Path
+    fstype: str
+    device: str
+    """`MAJOR:MINOR`, as /sys/class/bdi names it."""
+
+
+def mounts() -> list[Mount]:
+    """What is mounted, in mount order."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        fields = line.split(b" ")
+        fstype = fields[fields.index(b"-", 6) + 1]
+        found.append(Mount(Path(os.fsdecode(_unescape(fields[4]))), fstype.decode(), fields[2].decode()))
+    return found
+
+
+def _unescape(field: bytes) -> bytes:
+    for code in (b"040", b"011", b"012"):
+        field = field.replace(b"\\" + code, bytes([int(code, 8)]))
+    return field.replace(b"\\134", b"\\")
+
+
+def mount_at(mountpoint: Path) -> Mount | None:
+    """The topmost mount at exactly this path."""
+    return next((mount for mount in reversed(mounts()) if mount.mountpoint == mountpoint), None)
+
+
+def check_paths(settings: MountSettings) -> MountSettings:
+    """The settings with absolute, resolved paths and a state directory. Raises UsageError."""
+    source = _existing_dir(settings.source, "source", "mount JuiceFS there first")
+    _revive(absolute(settings.mountpoint))
+    mountpoint = _existing_dir(settings.mountpoint, "mountpoint", f"mkdir -p {settings.mountpoint}")
+    if source == mountpoint or source.is_relative_to(mountpoint):
+        raise UsageError(
+            f"source {source} is below the mountpoint {mountpoint}", hint="tierd would read through itself"
+        )
+    if mountpoint.is_relative_to(source):
+        raise UsageError(
+            f"mountpoint {mountpoint} is below the source {source}",
+            hint="choose a mountpoint outside of the source",
+        )
+    busy = mount_at(mountpoint)
+    if busy is not None:
+        raise UsageError(
+            f"mountpoint {mountpoint} is busy: {busy.fstype} is mounted there",
+            hint=f"tierd umount {mountpoint}",
+        )
+    if any(mountpoint.iterdir()):
+        log.warning("mountpoint_not_empty", mountpoint=str(mountpoint), note="its files are hidden while mounted")
+    state_dir = absolute(settings.state_dir or default_state_dir(mountpoint))
+    for path, what in ((state_dir, "state directory"), (settings.log_file, "log file")):
+        if path is not None and absolute(path).is_relative_to(mountpoint):
+            raise UsageError(f"{what} {path} is below the mountpoint {mountpoint}", hint="choose a path outside of it")
+    return settings.model_copy(update={"source": source, "mountpoint": mountpoint, "state_dir": state_dir})
+
+
+def absolute(path: Path) -> Path:
+    """`path` without links or `..`; what does not exist yet is kept as written."""
+    return Path(os.path.realpath(path))
+
+
+def _existing_dir(path: Path, what: str, hint: str) -> Path:
+    try:
+        resolved = path.resolve(strict=True)
+        if not resolved.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its links form a loop"
+        raise UsageError(f"{what} {path}: {reason}", hint=hint) from None
+    return resolved
+
+
+def _revive(mountpoint: Path) -> None:
+    """Clear away what a killed daemon of ours left: a tierd mount that answers ENOTCONN."""
+    try:
+        mountpoint.stat()
+    except OSError as error:
+        dead = mount_at(mountpoint)
+        if error.errno == errno.ENOTCONN and dead is not None and dead.fstype == "fuse.tierd":
+            log.warning("dead_mount_cleared", mountpoint=str(mountpoint))
+            detach(mountpoint)
+
+
+def detach(mountpoint: Path) -> None:
+    """Unmount lazily. Raises UsageError that says why it could not be."""
+    command = ["umount", "-l", str(mountpoint)]
+    if os.geteuid() != 0:
+        command = ["fusermount3", "-u", "-z", str(mountpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = " ".join(done.stderr.split()) or f"{command[0]} exited {done.returncode}"
+        raise UsageError(f"cannot unmount {mountpoint}: {reason}", hint="is it mounted, and by you?")
+
+
+@contextmanager
+def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[None]:
+    """Hold the locks of a state directory and of a mountpoint for the length of a `with`. Raises UsageError."""
+    state = private_dir(state_dir, "state directory")
+    runtime = private_dir(runtime_dir(mountpoint), "runtime directory")
+    with (
+        _lock(state / "lock", f"state directory {state}"),
+        _lock(runtime / "lock", f"mountpoint {mountpoint}"),
+    ):
+        yield
+        (runtime / "lock").unlink()
+
+
+@contextmanager
+def _lock(path: Path, what: str) -> Iterator[None]:
+    file: IO[str]
+    with path.open("a+", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(32).strip() or "unknown"
+            raise UsageError(
+                f"{what} is in use by another tierd (process {owner})",
+                hint="stop that one, or choose another",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def listen(address: str) -> socket.socket:
+    """A listening TCP socket, so that a taken port is found before anything is mounted. Raises UsageError."""
+    host, port = host_port(address)
+    try:
+        family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        server = socket.socket(family, kind, proto)
+        try:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(where)
+            server.listen(128)
+        except OSError:
+            server.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(
+            f"cannot serve metrics on {address}: {reason}", hint="choose another with --metrics HOST:PORT"
+        ) from None
+    return server
+
+
+def check_fuse(*, allow_other: bool) -> None:
+    """The machine can mount FUSE at all. Raises UsageError."""
+    if not Path("/dev/fuse").exists():
+        raise UsageError("/dev/fuse is missing", hint="modprobe fuse, or give the container /dev/fuse")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise UsageError("/dev/fuse may not be opened", hint="run as root or grant access to /dev/fuse")
+    if allow_other and os.geteuid() != 0 and not _user_allow_other():
+        raise UsageError(
+            "allow_other needs root or user_allow_other in /etc/fuse.conf",
+            hint="drop --allow-other, or run as root",
+        )
+
+
+def _user_allow_other() -> bool:
+    try:
+        lines = Path("/etc/fuse.conf").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+def raise_descriptor_limit() -> int:
+    """Allow as many descriptors as the hard limit does; the limit in force."""
+    process = psutil.Process()
+    _, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+    process.rlimit(psutil.RLIMIT_NOFILE, (hard, hard))
+    return int(hard)

@@ -1,0 +1,152 @@
+"""Turns journal events into rows of the index: which model, which load, how many bytes.
+
+Everything here runs in a worker thread, one batch at a time, so the read path never waits for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import structlog
+import trio
+
+from tierd.metrics import Metrics
+from tierd.node.index import Batch, FileDelta, Index, ModelDelta, OpenRow
+from tierd.node.journal import Closed, Event, Journal, Opened
+from tierd.policy import LoadGrouper
+from tierd.units import looks_like_model, model_of
+
+log = structlog.get_logger(__name__)
+
+_BATCH_EVENTS_MAX = 10_000
+_BATCH_SECONDS = 0.2
+_EVIDENCE_SECONDS = 60.0
+_EVIDENCE_DIRS_MAX = 10_000
+
+
+class ModelDirs:
+    """Remembers for a minute which directories hold weights, so that a batch lists each at most once."""
+
+    def __init__(self, root_fd: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._root_fd = root_fd
+        self._clock = clock
+        self._known: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()
+
+    def __call__(self, directory: bytes) -> bool:
+        """True if weights or a marker file lie directly in `directory` (relative to the source)."""
+        now = self._clock()
+        known = self._known.get(directory)
+        if known is not None and now - known[0] < _EVIDENCE_SECONDS:
+            return known[1]
+        answer = self._look(directory)
+        self._known[directory] = (now, answer)
+        self._known.move_to_end(directory)
+        if len(self._known) > _EVIDENCE_DIRS_MAX:
+            self._known.popitem(last=False)
+        return answer
+
+    def _look(self, directory: bytes) -> bool:
+        try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root_fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                log.warning("model_dir_unreadable", directory=os.fsdecode(directory), reason=error.strerror)
+            return False
+        try:
+            return looks_like_model(os.fsencode(name) for name in os.listdir(fd))
+        finally:
+            os.close(fd)
+
+
+class Recorder:
+    """See the module. `record` is what a worker thread does; `run` feeds it."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        index: Index,
+        metrics: Metrics,
+        *,
+        models_roots: Sequence[bytes],
+        is_model_dir: Callable[[bytes], bool],
+        load_idle_gap_s: float,
+    ) -> None:
+        self._journal = journal
+        self._index = index
+        self._metrics = metrics
+        self._roots = tuple(models_roots)
+        self._is_model_dir = is_model_dir
+        self._loads = LoadGrouper(load_idle_gap_s)
+        self._model_of_open: dict[int, bytes | None] = {}
+        self._one_at_a_time = trio.CapacityLimiter(1)
+
+    async def run(self) -> None:
+        """Record until cancelled."""
+        while True:
+            await self._journal.wait()
+            await trio.sleep(_BATCH_SECONDS)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Record all that is queued now. Never raises for a failing index: what is lost is counted."""
+        while events := self._journal.take(_BATCH_EVENTS_MAX):
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.record, events, limiter=self._one_at_a_time)
+
+    def record(self, events: Sequence[Event]) -> None:
+        """Group a batch and write it."""
+        batch = Batch()
+        for event in events:
+            self._add(batch, event)
+        try:
+            pruned = self._index.apply(batch)
+        except sqlite3.Error as error:
+            self._metrics.events_lost(len(events))
+            log.error("index_write_failed", path=str(self._index.path), events=len(events), reason=str(error))
+            return
+        self._metrics.index_rows_pruned(pruned)
+
+    def _add(self, batch: Batch, event: Event) -> None:
+        model = self._model(event)
+        file = batch.files.setdefault(event.path, FileDelta(model))
+        file.last_access_ns = max(file.last_access_ns, event.at_ns)
+        entry = batch.models.setdefault(model, ModelDelta()) if model is not None else None
+        if entry is not None:
+            entry.last_access_ns = max(entry.last_access_ns, event.at_ns)
+        if isinstance(event, Opened):
+            self._add_open(batch, event, model, file, entry)
+        else:
+            self._add_close(event, model, file, entry)
+
+    def _model(self, event: Event) -> bytes | None:
+        """A close belongs to the model that its open was counted for, whatever the directory holds by now."""
+        if isinstance(event, Closed) and event.fh in self._model_of_open:
+            return self._model_of_open.pop(event.fh)
+        model = model_of(event.path, self._roots, self._is_model_dir)
+        if isinstance(event, Opened):
+            self._model_of_open[event.fh] = model
+        return model
+
+    def _add_open(
+        self, batch: Batch, event: Opened, model: bytes | None, file: FileDelta, entry: ModelDelta | None
+    ) -> None:
+        file.opens += 1
+        batch.opens.append(OpenRow(event.at_ns, event.path, model, event.uid, event.pod))
+        begins = False
+        if model is not None and entry is not None:
+            entry.opens += 1
+            begins = self._loads.opened(model, event.at_ns)
+            entry.loads += begins
+        self._metrics.opened(model, load_begins=begins)
+
+    def _add_close(self, event: Closed, model: bytes | None, file: FileDelta, entry: ModelDelta | None) -> None:
+        file.bytes_read += event.bytes_read
+        if model is not None and entry is not None:
+            entry.bytes_read += event.bytes_read
+            self._loads.closed(model, event.at_ns)
+        self._metrics.closed(model, event.bytes_read)

@@ -1,0 +1,33 @@
+-- The local index: history and bookkeeping of one node, rebuildable, never needed by a read.
+-- Paths are BLOBs relative to the source (names need not be UTF-8). Times are nanoseconds since the epoch.
+
+CREATE TABLE IF NOT EXISTS models (
+    model          BLOB PRIMARY KEY,            -- path of the model, such as models/llama-7b
+    opens          INTEGER NOT NULL DEFAULT 0,  -- files opened for reading
+    loads          INTEGER NOT NULL DEFAULT 0,  -- runs of opens with an idle gap between them
+    hits           INTEGER NOT NULL DEFAULT 0,  -- loads served from the node tier alone
+    bytes_read     INTEGER NOT NULL DEFAULT 0,  -- bytes served by the daemon itself
+    first_access   INTEGER NOT NULL,
+    last_access    INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS files (
+    path           BLOB PRIMARY KEY,
+    model          BLOB,                        -- NULL: belongs to no model
+    opens          INTEGER NOT NULL DEFAULT 0,
+    bytes_read     INTEGER NOT NULL DEFAULT 0,
+    last_access    INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE INDEX IF NOT EXISTS files_by_age ON files (last_access);
+
+CREATE TABLE IF NOT EXISTS opens (              -- the latest opens, one row each, pruned by count
+    id             INTEGER PRIMARY KEY AUTOINCREMENT,
+    at             INTEGER NOT NULL,
+    path           BLOB NOT NULL,
+    model          BLOB,
+    uid            INTEGER NOT NULL,
+    pod            TEXT                         -- UID of the pod, NULL where not visible
+);
+
+CREATE INDEX IF NOT EXISTS opens_by_model ON opens (model, id);

@@ -1,0 +1,120 @@
+"""Where a daemon keeps its state and where its clients find it; shared by the daemon and the command line.
+
+Each mount has a runtime directory named after a hash of its mountpoint (socket paths are limited to
+108 bytes, unix(7)), holding `mount.json` and the admin socket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tierd.errors import UsageError
+
+_SOCKET = "admin.sock"
+_RECORD = "mount.json"
+_LINKS_MAX = 40
+
+
+@dataclass(frozen=True, slots=True)
+class MountRecord:
+    """What `mount.json` says of a running daemon."""
+
+    mountpoint: str
+    source: str
+    state_dir: str
+    pid: int
+    metrics_address: str
+
+
+def _slug(mountpoint: Path) -> str:
+    return hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
+
+
+def resolve_mountpoint(path: Path) -> Path:
+    """The path a mountpoint was mounted by, found without asking the mount itself (its daemon may hang)."""
+    for _ in range(_LINKS_MAX):
+        path = Path(os.path.realpath(path.absolute().parent)) / os.path.basename(os.path.abspath(path))
+        try:
+            target = os.readlink(path)
+        except OSError:
+            return path
+        path = path.parent / target
+    raise UsageError(f"{path}: its links form a loop", hint="name the mountpoint itself")
+
+
+def runtime_base() -> Path:
+    """`/run/tierd` for root, `$XDG_RUNTIME_DIR/tierd` or `/tmp/tierd-UID` for others."""
+    if os.geteuid() == 0:
+        return Path("/run/tierd")
+    xdg = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(xdg) / "tierd" if xdg else Path(f"/tmp/tierd-{os.geteuid()}")
+
+
+def default_state_dir(mountpoint: Path) -> Path:
+    """`/var/lib/tierd/HASH` for root, `$XDG_STATE_HOME/tierd/HASH` for others."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/tierd") / _slug(mountpoint)
+    xdg = os.environ.get("XDG_STATE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".local" / "state") / "tierd" / _slug(mountpoint)
+
+
+def runtime_dir(mountpoint: Path) -> Path:
+    """The runtime directory of one mount."""
+    return runtime_base() / _slug(mountpoint)
+
+
+def socket_path(mountpoint: Path) -> Path:
+    """The admin socket of one mount."""
+    return runtime_dir(mountpoint) / _SOCKET
+
+
+def private_dir(path: Path, what: str) -> Path:
+    """Make `path` (and its parents) if missing and insist that it is ours alone (0700). Raises UsageError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+        if found.st_uid != os.geteuid():
+            raise UsageError(f"{what} {path} belongs to user {found.st_uid}", hint="choose another directory")
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            path.chmod(0o700)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(13, "not writable")
+    except OSError as error:
+        reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror
+        raise UsageError(f"{what} {path}: {reason}", hint="choose a writable directory") from None
+    return path
+
+
+def write_record(record: MountRecord) -> None:
+    """Publish a running daemon."""
+    path = runtime_dir(Path(record.mountpoint)) / _RECORD
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
+    temporary.replace(path)
+
+
+def remove_record(mountpoint: Path) -> None:
+    """Withdraw a daemon's record, its socket and the directory."""
+    directory = runtime_dir(mountpoint)
+    for name in (_RECORD, _SOCKET):
+        (directory / name).unlink(missing_ok=True)
+    if directory.exists() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def records() -> list[MountRecord]:
+    """All mounts whose daemon is alive."""
+    found = []
+    for path in sorted(runtime_base().glob(f"*/{_RECORD}")):
+        try:
+            record = MountRecord(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+        if Path(f"/proc/{record.pid}").exists():
+            found.append(record)
+    return found
