@@ -84,12 +84,12 @@ class FuseOperations(pyfuse3.Operations):
 
     supports_dot_lookup = False
     enable_writeback_cache = False
-    enable_acl = False
 
     def __init__(self, overlay: Overlay, metrics: Metrics, *, attr_timeout_s: float, entry_timeout_s: float) -> None:
         super().__init__()
         self.overlay = overlay
         self.metrics = metrics
+        self.enable_acl = overlay.source.acls
         self._attr_timeout_s = attr_timeout_s
         self._entry_timeout_s = entry_timeout_s
 

@@ -26,6 +26,7 @@ from tierd.node.handles import DirCache, DirHandle, FileHandle
 from tierd.node.inodes import ROOT_ID, InodeTable, Node, pack
 from tierd.node.journal import Closed, Journal, Opened
 from tierd.node.sources import (
+    ACL_NAMES,
     Changes,
     Creator,
     Moved,
@@ -48,6 +49,8 @@ _YOUNG_SECONDS = 5.0
 """How long a node that replaced a retired one is not itself retired: the kernel looks a name up again only
 once per open (open(2) fails with ESTALE the second time), so a file that changes all the time must settle."""
 _READDIR_BATCH_MAX = 512
+_LABELS = b"security."
+"""Attributes that do not pass: labels and file capabilities mean nothing on a mount without suid."""
 
 
 class Caller(NamedTuple):
@@ -435,21 +438,36 @@ class Overlay:
 
     async def getxattr(self, node_id: int, name: bytes) -> bytes:
         """Value of an extended attribute."""
+        self._refuse_xattr(name)
         return await self._on_node(self.inodes.get(node_id), self.source.getxattr, name)
 
     async def listxattr(self, node_id: int) -> list[bytes]:
         """Names of the extended attributes."""
-        return await self._on_node(self.inodes.get(node_id), self.source.listxattr)
+        self._refuse_xattr(b"")
+        names = await self._on_node(self.inodes.get(node_id), self.source.listxattr)
+        return [name for name in names if not name.startswith(_LABELS)]
 
     async def setxattr(self, node_id: int, name: bytes, value: bytes) -> None:
         """Set an extended attribute."""
+        self._refuse_xattr(name)
         node = self.inodes.get(node_id)
         self._carry(node, *await self._on_node(node, self.source.setxattr, name, value))
 
     async def removexattr(self, node_id: int, name: bytes) -> None:
         """Remove an extended attribute."""
+        self._refuse_xattr(name)
         node = self.inodes.get(node_id)
         self._carry(node, *await self._on_node(node, self.source.removexattr, name))
+
+    def _refuse_xattr(self, name: bytes) -> None:
+        """What needs no question to the source, because the kernel asks it before every write and `ls` for every file.
+
+        ENOSYS makes the kernel stop asking for the life of the mount, and answer EOPNOTSUPP by itself.
+        """
+        if not self.source.xattrs:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        if name.startswith(_LABELS) or (name in ACL_NAMES and not self.source.acls):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     async def statfs(self) -> os.statvfs_result:
         """Size and free space of the source."""

@@ -37,6 +37,10 @@ _RENAMEAT2_FLAGS = {0, 1, 2}
 _IO_BYTES_MAX = 1 << 30
 
 
+ACL_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default")
+"""Extended attributes that carry POSIX ACLs, acl(5)."""
+
+
 class Moved(OSError):
     """A name no longer means the inode it meant."""
 
@@ -133,7 +137,10 @@ def flush(fd: int) -> None:
 
 
 class PosixSource:
-    """A directory tree, such as a JuiceFS mount. Holds one descriptor of its root for life."""
+    """A directory tree, such as a JuiceFS mount. Holds one descriptor of its root for life.
+
+    `xattrs` and `acls` say whether it keeps extended attributes and POSIX ACLs (JuiceFS by default keeps neither).
+    """
 
     def __init__(self, root: Path) -> None:
         self.path = root
@@ -144,6 +151,15 @@ class PosixSource:
                 f"source {root}: {error.strerror}", hint="SOURCE must be a mounted directory tierd may read"
             ) from None
         self._device = os.fstat(self.root_fd).st_dev
+        self.xattrs = self._keeps(b"user.tierd.probe")
+        self.acls = self._keeps(ACL_NAMES[0])
+
+    def _keeps(self, attribute: bytes) -> bool:
+        try:
+            os.getxattr(f"/proc/self/fd/{self.root_fd}", attribute)
+        except OSError as error:
+            return error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS)
+        return True
 
     def close(self) -> None:
         """Give the root descriptor back."""

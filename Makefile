@@ -1,0 +1,41 @@
+# Every target sets up what it needs; `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+BIN := .venv/bin
+ARGS ?=
+BENCH_SIZE_MIB ?= 4096
+PIP_TOOLS := pip-tools==7.6.2
+
+.PHONY: help setup demo test lint lock bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make .venv from the lock files; installs missing system packages when root
+	@.ci/setup
+
+demo: setup ## Mount tierd over a real JuiceFS, load a model twice, show what was seen (ARGS=--help)
+	@$(BIN)/python -m bench.demo $(ARGS)
+
+test: setup lint ## Lint, then every test (ARGS="-k name" picks some)
+	@[ -c /dev/fuse ] || { echo "make test: /dev/fuse is missing; the tests mount real file systems." \
+		"Load the module (modprobe fuse), or start the container with --device /dev/fuse --cap-add SYS_ADMIN" >&2; exit 1; }
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## Style, format and types
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo "make lint: run $(BIN)/ruff format" >&2; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+lock: ## Write the lock files anew from pyproject.toml (UPGRADE=1 takes newer versions)
+	@PYTHON="$${PYTHON:-python3.11}" PIP_TOOLS="$(PIP_TOOLS)" .ci/lock $(if $(UPGRADE),--upgrade)
+
+bench: setup ## The demo's loads with a larger model, as JSON (BENCH_SIZE_MIB=4096)
+	@$(BIN)/python -m bench.demo --json --size-mib $(BENCH_SIZE_MIB) $(ARGS)
+
+clean: ## Remove what was built here
+	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Docs stay true: commands and examples of README and docs/ are run."""
