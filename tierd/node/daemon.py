@@ -28,6 +28,7 @@ from tierd.node.index import Index, ModelRow, OpenRow
 from tierd.node.journal import Journal
 from tierd.node.overlay import Overlay
 from tierd.node.recorder import ModelDirs, Recorder
+from tierd.node.seam import Seam, open_device
 from tierd.node.sources import PosixSource
 from tierd.runtime import MountRecord, remove_record, socket_path, write_record
 from tierd.units import display
@@ -41,6 +42,7 @@ _PASSTHROUGH_KERNEL = (6, 9)
 _MOUNT_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _RESTART_SECONDS = 5.0
+_NICENESS = -10
 
 
 class Daemon:
@@ -72,12 +74,16 @@ class Daemon:
             self._build(stack)
             if os.geteuid() == 0:
                 keep_capabilities()
+            raise_priority()
             os.umask(0)
             preflight.raise_descriptor_limit()
             try:
                 trio.run(self._serve)
             except BaseExceptionGroup as group:
-                raise root_cause(group) from group
+                cause = root_cause(group)
+                if not isinstance(cause, TierdError):
+                    log.exception("daemon_failed")
+                raise cause from group
         log.info("stopped", mountpoint=str(self.settings.mountpoint))
 
     def _build(self, stack: ExitStack) -> None:
@@ -106,32 +112,40 @@ class Daemon:
     async def _serve(self) -> None:
         """Everything between mount and unmount."""
         settings = self.settings
-        self.notifier = fuse.Notifier()
+        token = trio.lowlevel.current_trio_token()
+        device = open_device(settings.mountpoint, allow_other=self._allow_other)
+        self.seam = Seam(device, ended=lambda: token.run_sync_soon(self._unmounted))
+        try:
+            self._connect()
+            try:
+                await self._serve_mount()
+            finally:
+                self.seam.close(settings.mountpoint)
+                fuse.detach()
+        finally:
+            self.seam.close(settings.mountpoint)
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _STOP_SECONDS):
+                await self.recorder.flush()
+
+    def _connect(self) -> None:
+        """Build what stands between the seam and the source."""
+        self.notifier = fuse.Notifier(self.seam.attributes_changed)
         self.overlay = Overlay(
             self.source,
             self.journal,
+            self.seam,
             attributes_changed=self.notifier.attributes_changed,
             event_dropped=self.metrics.event_dropped,
         )
-        self._watch_depths()
         operations = fuse.FuseOperations(
             self.overlay,
             self.metrics,
-            attr_timeout_s=settings.attr_timeout,
-            entry_timeout_s=settings.entry_timeout,
+            congested=self.seam.congested,
+            attr_timeout_s=self.settings.attr_timeout,
+            entry_timeout_s=self.settings.entry_timeout,
         )
-        try:
-            fuse.mount(operations, settings.mountpoint, allow_other=self._allow_other)
-        except RuntimeError as error:
-            raise DaemonError(
-                f"cannot mount {settings.mountpoint}: {error}", hint="libfuse says why in the line above"
-            ) from None
-        try:
-            await self._serve_mount()
-        finally:
-            fuse.unmount()
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _STOP_SECONDS):
-                await self.recorder.flush()
+        self._watch_depths()
+        fuse.attach(operations, self.seam)
 
     async def _serve_mount(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -169,11 +183,14 @@ class Daemon:
 
     async def _answer_requests(self) -> None:
         try:
+            self.seam.start()
             await fuse.serve()
         finally:
             self._requests_done.set()
+
+    def _unmounted(self) -> None:
         if not self._stop.is_set():
-            log.warning("unmounted_by_somebody", mountpoint=str(self.settings.mountpoint))
+            log.info("unmounted_by_somebody", mountpoint=str(self.settings.mountpoint))
             self._stop.set()
 
     async def _await_mount(self) -> None:
@@ -200,6 +217,7 @@ class Daemon:
             "data_threads": lambda: overlay.data_limit.borrowed_tokens,
             "waiting_metadata": lambda: overlay.metadata_limit.statistics().tasks_waiting,
             "waiting_data": lambda: overlay.data_limit.statistics().tasks_waiting,
+            "waiting_reads": self.seam.queued_reads,
         }
 
     @property
@@ -285,6 +303,14 @@ async def keep_running(name: str, function: Callable[..., Awaitable[None]], *arg
             await trio.sleep(_RESTART_SECONDS)
         else:
             return
+
+
+def raise_priority() -> None:
+    """Answer before the processes that wait for the answer: on a busy node each hop between threads waits for a CPU."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
+    except PermissionError:
+        log.debug("priority_unchanged", reason="needs root or CAP_SYS_NICE")
 
 
 def tune_mount(mountpoint: Path, read_ahead_kib: int) -> None:

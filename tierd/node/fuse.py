@@ -12,11 +12,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import structlog
+import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -32,8 +32,10 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
+from tierd.errors import DaemonError
 from tierd.metrics import Metrics
 from tierd.node.overlay import Caller, Entry, OpenedFile, Overlay
+from tierd.node.seam import Seam
 from tierd.node.sources import Changes
 
 log = structlog.get_logger(__name__)
@@ -51,6 +53,7 @@ OPERATIONS = (
 REQUESTS_MAX = 512
 """Requests that may be in work at once; more wait in the kernel."""
 _NOTIFICATIONS_MAX = 4096
+_CONGESTED_SECONDS = 0.0005
 
 
 def handler(
@@ -62,7 +65,10 @@ def handler(
     async def wrapped(self: FuseOperations, /, *args: P.args, **kwargs: P.kwargs) -> T:
         started = time.perf_counter()
         try:
-            return await function(self, *args, **kwargs)
+            answer = await function(self, *args, **kwargs)
+            while self._congested():  # noqa: ASYNC110 - the kernel's side of a socket sets no event
+                await trio.sleep(_CONGESTED_SECONDS)
+            return answer
         except OSError as error:
             number = error.errno or errno.EIO
             self.metrics.error(number)
@@ -85,10 +91,20 @@ class FuseOperations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, overlay: Overlay, metrics: Metrics, *, attr_timeout_s: float, entry_timeout_s: float) -> None:
+    def __init__(
+        self,
+        overlay: Overlay,
+        metrics: Metrics,
+        *,
+        congested: Callable[[], bool],
+        attr_timeout_s: float,
+        entry_timeout_s: float,
+    ) -> None:
+        """`congested` says whether replies must wait (see Seam); the timeouts are what the kernel may rely on."""
         super().__init__()
         self.overlay = overlay
         self.metrics = metrics
+        self._congested = congested
         self.enable_acl = overlay.source.acls
         self._attr_timeout_s = attr_timeout_s
         self._entry_timeout_s = entry_timeout_s
@@ -270,7 +286,8 @@ class Notifier:
     their work a little later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, send: Callable[[int], None]) -> None:
+        self._send = send
         self._queue: queue.Queue[int | None] = queue.Queue(_NOTIFICATIONS_MAX)
         self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
         self.dropped = 0
@@ -296,18 +313,18 @@ class Notifier:
     def _run(self) -> None:
         while (node_id := self._queue.get()) is not None:
             try:
-                pyfuse3.invalidate_inode(InodeT(node_id), attr_only=True)
+                self._send(node_id)
             except OSError as error:
                 if error.errno != errno.ENOENT:
                     log.warning("notification_failed", node_id=node_id, reason=str(error))
 
 
-def mount(operations: FuseOperations, mountpoint: Path, *, allow_other: bool) -> None:
-    """Mount; requests queue in the kernel until `serve`. Raises RuntimeError if libfuse refuses."""
-    options = {"default_permissions", "fsname=tierd", "subtype=tierd"}
-    if allow_other:
-        options.add("allow_other")
-    pyfuse3.init(operations, str(mountpoint), options)
+def attach(operations: FuseOperations, seam: Seam) -> None:
+    """Let libfuse answer what comes through the seam. Raises DaemonError."""
+    try:
+        pyfuse3.init(operations, seam.mountpoint, {"default_permissions"})
+    except RuntimeError as error:
+        raise DaemonError(f"libfuse refused the mount: {error}", hint="libfuse says why above") from None
 
 
 async def serve() -> None:
@@ -320,9 +337,9 @@ def stop() -> None:
     pyfuse3.terminate()
 
 
-def unmount() -> None:
-    """Unmount (lazily if busy) and give everything back to libfuse."""
-    pyfuse3.close(unmount=True)
+def detach() -> None:
+    """Give everything back to libfuse."""
+    pyfuse3.close(unmount=False)
 
 
 def _caller(ctx: RequestContext) -> Caller:

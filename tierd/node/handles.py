@@ -15,20 +15,21 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from tierd.node.inodes import InodeTable, Node
+from tierd.node.seam import ReadTarget
 from tierd.node.sources import Moved, PosixSource, Ref
 
 
 class FileHandle:
     """One open file. `recorded_path` is what its open was recorded under, and its close must be; None if it was not."""
 
-    __slots__ = ("bytes_read", "closing", "fd", "fh", "node", "recorded_path", "uses", "writable")
+    __slots__ = ("closing", "fd", "fh", "node", "recorded_path", "target", "uses", "writable")
 
     def __init__(self, fh: int, node: Node, fd: int, writable: bool) -> None:
         self.fh = fh
         self.node = node
         self.fd = fd
         self.writable = writable
-        self.bytes_read = 0
+        self.target = ReadTarget(fd)
         self.recorded_path: bytes | None = None
         self.uses = 0
         self.closing = False

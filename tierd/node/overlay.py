@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, TypeVarTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, TypeVarTuple
 
 import trio
 
@@ -25,6 +25,7 @@ from tierd.node.caller import pod_of
 from tierd.node.handles import DirCache, DirHandle, FileHandle
 from tierd.node.inodes import ROOT_ID, InodeTable, Node, pack
 from tierd.node.journal import Closed, Journal, Opened
+from tierd.node.seam import ReadTarget
 from tierd.node.sources import (
     ACL_NAMES,
     Changes,
@@ -75,6 +76,16 @@ class OpenedFile(NamedTuple):
     keep_cache: bool
 
 
+class ReadPath(Protocol):
+    """Answers READs of a handle outside of the event loop; the overlay says from which descriptor, and until when."""
+
+    def serve_reads(self, fh: int, target: ReadTarget) -> None:
+        """From now on."""
+
+    def stop_reads(self, fh: int) -> None:
+        """The handle was released."""
+
+
 class Overlay:
     """See the module.
 
@@ -86,6 +97,7 @@ class Overlay:
         self,
         source: PosixSource,
         journal: Journal,
+        reads: ReadPath,
         *,
         attributes_changed: Callable[[int], None],
         event_dropped: Callable[[], None],
@@ -93,6 +105,7 @@ class Overlay:
     ) -> None:
         self.source = source
         self.journal = journal
+        self._reads = reads
         self._now_ns = now_ns
         self.inodes = InodeTable(source.key(os.fstat(source.root_fd)))
         self.metadata_limit = trio.CapacityLimiter(_METADATA_THREADS)
@@ -285,6 +298,7 @@ class Overlay:
         access = flags & os.O_ACCMODE
         handle = FileHandle(self._fh(), node, fd, access != os.O_RDONLY)
         self.files[handle.fh] = handle
+        self._reads.serve_reads(handle.fh, handle.target)
         node.writers += handle.writable
         node.handles = [*(node.handles or ()), handle]
         if access != os.O_WRONLY:
@@ -333,7 +347,7 @@ class Overlay:
         """Bytes at `offset`, fewer than `size` only at the end of the file."""
         handle = self._file(fh)
         data = await self._run_data(read_at, handle.fd, size, offset)
-        handle.bytes_read += len(data)
+        handle.target.bytes_read += len(data)
         return data
 
     async def write(self, fh: int, offset: int, data: bytes) -> int:
@@ -353,6 +367,7 @@ class Overlay:
     async def release(self, fh: int) -> None:
         """The last descriptor of an open was closed."""
         handle = self.files.pop(fh)
+        self._reads.stop_reads(fh)
         node = handle.node
         version = await self._run_data(_final_version, handle.fd) if handle.writable else None
         node.handles = [other for other in node.handles or () if other is not handle] or None
@@ -361,7 +376,7 @@ class Overlay:
             if node.writers == 0 and version is not None:
                 node.version = pack(version)
         if handle.recorded_path is not None:
-            self.journal.closed(Closed(fh, handle.recorded_path, self._now_ns(), handle.bytes_read))
+            self.journal.closed(Closed(fh, handle.recorded_path, self._now_ns(), handle.target.bytes_read))
         handle.closing = True
         if handle.uses == 0:
             await self._run_data(os.close, handle.fd)
