@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import signal
@@ -75,6 +76,7 @@ class Daemon:
             if os.geteuid() == 0:
                 keep_capabilities()
             raise_priority()
+            calm_garbage_collector()
             os.umask(0)
             preflight.raise_descriptor_limit()
             try:
@@ -311,6 +313,15 @@ def raise_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
     except PermissionError:
         log.debug("priority_unchanged", reason="needs root or CAP_SYS_NICE")
+
+
+def calm_garbage_collector() -> None:
+    """Collect rarely: a full pass over 100,000 nodes takes as long as a hundred requests, and finds nothing.
+
+    Nodes and handles hold no cycles but (handle, node), which release takes apart.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def tune_mount(mountpoint: Path, read_ahead_kib: int) -> None:
