@@ -66,7 +66,8 @@ _HEADER_ROOM = 4096
 _MESSAGE_BYTES_MAX = READ_BYTES_MAX + _HEADER_ROOM
 _SOCKET_BYTES = 8 * _MESSAGE_BYTES_MAX
 _SIOCOUTQ = 0x5411
-_READ_THREADS = 4
+_READ_THREADS = 16
+"""A file that the source takes long to read holds one of them."""
 _NOBUFS_PAUSE_SECONDS = 0.001
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -139,6 +140,7 @@ class Seam:
         self._read_only_opens: set[int] = set()
         self._init_unique: int | None = None
         self._closed = False
+        self._counting = threading.Lock()
         self._reads: queue.SimpleQueue[tuple[int, ReadTarget, int, int] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._guarded, args=(pump,), name=name, daemon=True)
@@ -303,8 +305,9 @@ class Seam:
                 self._answer([view[: _OUT_HEADER.size]])
                 continue
             _OUT_HEADER.pack_into(buffer, 0, _OUT_HEADER.size + have, 0, unique)
+            with self._counting:
+                target.bytes_read += have
             self._answer([view[: _OUT_HEADER.size + have]])
-            target.bytes_read += have
 
 
 _END_ERRORS = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN})
