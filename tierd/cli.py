@@ -120,6 +120,13 @@ def mount(
     max_files_known: Annotated[
         int | None, typer.Option(help="Files kept in the index, latest first. [dim]Default: 1000000[/]")
     ] = None,
+    passthrough: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, on or off: let the kernel read files by itself (Linux 6.9, root); on refuses to start without."
+            " [dim]Default: auto[/]"
+        ),
+    ] = None,
     allow_other: Annotated[
         bool | None,
         typer.Option("--allow-other/--no-allow-other", help="Let other users in. [dim]Default: as root, yes[/]"),

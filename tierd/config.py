@@ -46,6 +46,7 @@ class MountSettings(BaseModel):
     journal_capacity: int = Field(65_536, ge=16, le=10_000_000)
     history_rows: int = Field(100_000, ge=0, le=10_000_000)
     max_files_known: int = Field(1_000_000, ge=1000)
+    passthrough: Literal["auto", "on", "off"] = "auto"
     allow_other: bool | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"

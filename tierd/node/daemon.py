@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from tierd import __version__
 from tierd.config import MountSettings
-from tierd.errors import DaemonError, TierdError
+from tierd.errors import DaemonError, TierdError, UsageError
 from tierd.metrics import Metrics
 from tierd.node import admin, fuse, preflight
 from tierd.node.caller import keep_capabilities
@@ -62,6 +62,7 @@ class Daemon:
         self._stop = trio.Event()
         self._requests_done = trio.Event()
         self._slow = trio.CapacityLimiter(2)
+        self._want_passthrough = settings.passthrough != "off" and os.geteuid() == 0
         self._allow_other = os.geteuid() == 0 if settings.allow_other is None else settings.allow_other
 
     def run(self) -> None:
@@ -116,7 +117,7 @@ class Daemon:
         settings = self.settings
         token = trio.lowlevel.current_trio_token()
         device = open_device(settings.mountpoint, allow_other=self._allow_other)
-        self.seam = Seam(device, ended=lambda: token.run_sync_soon(self._unmounted))
+        self.seam = Seam(device, ended=lambda: token.run_sync_soon(self._unmounted), passthrough=self._want_passthrough)
         try:
             self._connect()
             try:
@@ -154,6 +155,7 @@ class Daemon:
             await nursery.start(self._watch_signals)
             nursery.start_soon(self._answer_requests)
             await self._await_mount()
+            self._check_passthrough()
             tune_mount(self.settings.mountpoint, self.settings.read_ahead_kib)
             self.notifier.start()
             nursery.start_soon(keep_running, "recorder", self.recorder.run)
@@ -201,6 +203,20 @@ class Daemon:
                 f"the mount at {self.settings.mountpoint} does not answer", hint="does the source answer?"
             )
 
+    def _check_passthrough(self) -> None:
+        if self.settings.passthrough == "on" and not self.seam.passthrough_agreed:
+            raise UsageError(f"--passthrough on: {self._data_path()[1]}", hint="use --passthrough auto")
+
+    def _data_path(self) -> tuple[str, str]:
+        """Who moves the bytes of files opened for reading, and why."""
+        if self.seam.passthrough_agreed:
+            return "passthrough", "the kernel reads files by itself"
+        if self.settings.passthrough == "off":
+            return "daemon", "passthrough is switched off"
+        if os.geteuid() != 0:
+            return "daemon", "passthrough needs root"
+        return "daemon", f"the kernel offers no passthrough (Linux 6.9 does, this is {platform.release()})"
+
     # --- what it tells ---
 
     def _watch_depths(self) -> None:
@@ -220,6 +236,7 @@ class Daemon:
             "waiting_metadata": lambda: overlay.metadata_limit.statistics().tasks_waiting,
             "waiting_data": lambda: overlay.data_limit.statistics().tasks_waiting,
             "waiting_reads": self.seam.queued_reads,
+            "backings": lambda: len(self.seam.backings),
         }
 
     @property
@@ -237,7 +254,7 @@ class Daemon:
         )
 
     def _record_for_log(self) -> dict[str, Any]:
-        return {**asdict(self._record()), "data_path": "daemon", "version": __version__}
+        return {**asdict(self._record()), "data_path": self._data_path()[0], "version": __version__}
 
     def status(self) -> dict[str, Any]:
         """What `tierd status --json` prints; its keys are documented in docs/OPERATIONS.md and stay."""
@@ -252,14 +269,15 @@ class Daemon:
             "metrics_address": record.metrics_address,
             "models_roots": list(self.settings.models_root),
             "outputs_root": self.settings.outputs_root,
-            "data_path": "daemon",
-            "data_path_reason": "this version serves all reads through the daemon",
+            "data_path": self._data_path()[0],
+            "data_path_reason": self._data_path()[1],
             "kernel": platform.release(),
-            "passthrough": passthrough_ability(),
+            "passthrough": passthrough_ability(enabled=bool(self.seam.passthrough_agreed)),
             "counters": {
                 **self.metrics.totals(),
                 "nodes_retired": self.overlay.retired,
                 "notifications_dropped": self.notifier.dropped,
+                "backings_refused": self.seam.backings.refused,
             },
             "queues": {what: int(depth()) for what, depth in self._depths().items()},
             "versions": {
@@ -335,11 +353,11 @@ def tune_mount(mountpoint: Path, read_ahead_kib: int) -> None:
         log.warning("read_ahead_not_set", knob=str(knob), reason=error.strerror, cost="slower sequential reads")
 
 
-def passthrough_ability() -> dict[str, Any]:
+def passthrough_ability(*, enabled: bool) -> dict[str, Any]:
     """Whether this kernel and process could use FUSE passthrough (Linux 6.9, CAP_SYS_ADMIN)."""
     release = platform.release().split("-")[0].split(".")
     kernel = tuple(int(part) for part in release[:2] if part.isdigit()) >= _PASSTHROUGH_KERNEL
-    return {"kernel": kernel, "privileged": os.geteuid() == 0, "enabled": False}
+    return {"kernel": kernel, "privileged": os.geteuid() == 0, "enabled": enabled}
 
 
 def iso_time(at_ns: int) -> str:

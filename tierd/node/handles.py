@@ -22,7 +22,7 @@ from tierd.node.sources import Moved, PosixSource, Ref
 class FileHandle:
     """One open file. `recorded_path` is what its open was recorded under, and its close must be; None if it was not."""
 
-    __slots__ = ("closing", "fd", "fh", "node", "recorded_path", "target", "uses", "writable")
+    __slots__ = ("backed", "closing", "fd", "fh", "node", "recorded_path", "target", "uses", "writable")
 
     def __init__(self, fh: int, node: Node, fd: int, writable: bool) -> None:
         self.fh = fh
@@ -31,6 +31,7 @@ class FileHandle:
         self.writable = writable
         self.target = ReadTarget(fd)
         self.recorded_path: bytes | None = None
+        self.backed = False
         self.uses = 0
         self.closing = False
 

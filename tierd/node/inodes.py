@@ -31,12 +31,14 @@ class Node:
 
     `parent` and `name` are where it was seen last (None once no name is known), `others` more hard
     links. `lookups` is the kernel's lookup count. `version` is the content that this node ID stands
-    for, packed by `pack`; None until known. `writers` counts descriptors open for writing, `handles`
-    all open ones. Slots, because a walk over 100,000 files makes 100,000 of them.
+    for, packed by `pack`; None until known. `handles` are the open ones; `writers` counts those of
+    them open for writing, `backed` those that the kernel serves by itself (passthrough; it allows no
+    others beside them). Slots, because a walk over 100,000 files makes 100,000 of them.
     """
 
     __slots__ = (
-        "handles", "id", "key", "lookups", "name", "others", "parent", "retired", "version", "writers", "young_until",
+        "backed", "handles", "id", "key", "lookups", "name", "others", "parent", "retired", "version", "writers",
+        "young_until",
     )  # fmt: skip
 
     def __init__(self, node_id: int, key: Key, parent: Node | None, name: bytes) -> None:
@@ -48,6 +50,7 @@ class Node:
         self.lookups = 0
         self.version: int | None = None
         self.writers = 0
+        self.backed = 0
         self.handles: list[FileHandle] | None = None
         self.retired = False
         self.young_until = 0.0

@@ -85,6 +85,15 @@ class ReadPath(Protocol):
     def stop_reads(self, fh: int) -> None:
         """The handle was released."""
 
+    def back(self, node_id: int, fd: int) -> int | None:
+        """A passthrough backing for one more open of a node; None if there shall be none."""
+
+    def pass_through(self, fh: int, backing_id: int) -> None:
+        """The open that returns `fh` uses this backing."""
+
+    def unback(self, node_id: int) -> None:
+        """One open with a backing fewer."""
+
 
 class Overlay:
     """See the module.
@@ -274,21 +283,40 @@ class Overlay:
         node = self.inodes.get(node_id)
         fd, version, pod = await self._on_node(node, self._open_blocking, flags, caller.pid)
         packed = pack(version)
-        keep_cache = True
-        if node.version != packed and not flags & os.O_TRUNC and node.writers == 0:
-            if not node.retired and trio.current_time() >= node.young_until:
-                self._retire(node)
-                await self._run(os.close, fd)
-                raise Moved
-            keep_cache = False
+        young = trio.current_time() < node.young_until
+        changed = node.version != packed and not flags & os.O_TRUNC and node.writers == 0
+        passed_through = node.backed and flags & os.O_ACCMODE != os.O_RDONLY
+        if (changed and not young and not node.retired) or passed_through:
+            self._retire(node)
+            await self._run(os.close, fd)
+            raise Moved
+        if changed:
             self._attributes_changed(node_id)
         if node.writers == 0:
             node.version = packed
-        return OpenedFile(self._new_handle(node, fd, flags, caller.uid, pod).fh, keep_cache)
+        handle = self._new_handle(node, fd, flags, caller.uid, pod)
+        if node.backed or not (young or node.retired):
+            self._pass_through(handle)
+        return OpenedFile(handle.fh, not changed)
 
     def _open_blocking(self, ref: Ref, flags: int, pid: int) -> tuple[int, Version, str | None]:
         fd, version = self.source.open(ref, flags)
         return fd, version, pod_of(pid)
+
+    def _pass_through(self, handle: FileHandle) -> None:
+        """Let the kernel read the source by itself, if no open of this node is served in the other mode.
+
+        Not for young nodes: the kernel asks again only once per open, so whoever was just sent to a new
+        node to write must find it free for writing.
+        """
+        node = handle.node
+        if handle.writable or (not node.backed and len(node.handles or ()) > 1):
+            return
+        backing_id = self._reads.back(node.id, handle.fd)
+        if backing_id is not None:
+            node.backed += 1
+            handle.backed = True
+            self._reads.pass_through(handle.fh, backing_id)
 
     def _retire(self, node: Node) -> None:
         self.inodes.retire(node, trio.current_time() + _YOUNG_SECONDS)
@@ -368,6 +396,9 @@ class Overlay:
         """The last descriptor of an open was closed."""
         handle = self.files.pop(fh)
         self._reads.stop_reads(fh)
+        if handle.backed:
+            handle.node.backed -= 1
+            self._reads.unback(handle.node.id)
         node = handle.node
         version = await self._run_data(_final_version, handle.fd) if handle.writable else None
         node.handles = [other for other in node.handles or () if other is not handle] or None

@@ -7,7 +7,8 @@ with an unmodified pyfuse3"). On the way the seam
 - answers READ of files that the daemon serves itself, in threads of its own: one read of the source and
   one write to the device per request, no event loop, no copy in Python;
 - raises `max_background` in the reply to INIT, whose default of 12 lets stalled reads block a mount;
-- sets FOPEN_NOFLUSH in the reply to a read-only OPEN, so that its close costs no request.
+- sets FOPEN_NOFLUSH in the reply to a read-only OPEN, so that its close costs no request;
+- negotiates passthrough and puts the backing ID into the reply to an OPEN that shall use it.
 
 Message formats: include/uapi/linux/fuse.h, protocol 7.38. Knows nothing of files or names.
 
@@ -36,6 +37,7 @@ from typing import Final
 import structlog
 
 from tierd.errors import DaemonError
+from tierd.node.backings import Backings
 
 log = structlog.get_logger(__name__)
 
@@ -46,11 +48,13 @@ READ_BYTES_MAX: Final = 1 << 20
 
 _IN_HEADER = struct.Struct("=IIQQIIIHH")
 _OUT_HEADER = struct.Struct("=IiQ")
-_INIT_OUT = struct.Struct("=IIIIHHIIH")
-"""major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, max_pages"""
-_INIT_IN_FLAGS = struct.Struct("=I")
+_INIT_OUT = struct.Struct("=IIIIHHIIHHII")
+"""major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, max_pages,
+map_alignment, flags2, max_stack_depth"""
+_INIT_IN_FLAGS = struct.Struct("=II")
 _INIT_IN_FLAGS_AT = _IN_HEADER.size + 12
-_OPEN_FLAGS = struct.Struct("=QI")
+_OPEN_OUT = struct.Struct("=QIi")
+"""fh, open_flags, backing_id"""
 _READ_IN = struct.Struct("=QQI")
 _OPEN_IN_FLAGS = struct.Struct("=I")
 
@@ -60,7 +64,11 @@ _OP_OPEN, _OP_READ, _OP_INIT, _OP_INTERRUPT = 14, 15, 26, 36
 _NOTIFY_INVAL_INODE = 2
 _SPLICE_FLAGS = (1 << 7) | (1 << 8) | (1 << 9)
 """libfuse would splice from its device, which a socket of packets does not allow."""
-_FOPEN_NOFLUSH = 1 << 5
+_FOPEN_KEEP_CACHE, _FOPEN_NOFLUSH, _FOPEN_PASSTHROUGH = 1 << 1, 1 << 5, 1 << 7
+_INIT_EXT = 1 << 30
+_INIT2_PASSTHROUGH = 1 << (37 - 32)
+_STACK_DEPTH = 2
+"""File systems that may lie below ours: the source may be on overlayfs, as a container's files are."""
 
 _HEADER_ROOM = 4096
 _MESSAGE_BYTES_MAX = READ_BYTES_MAX + _HEADER_ROOM
@@ -126,9 +134,13 @@ def _fusermount(mountpoint: Path, allow_other: bool) -> int:
 
 
 class Seam:
-    """See the module. `ended` is called, from a pump, once the kernel has ended the connection (umount)."""
+    """See the module.
 
-    def __init__(self, device: int, ended: Callable[[], None]) -> None:
+    `ended` is called, from a pump, once the kernel has ended the connection (umount). `passthrough` says whether
+    to ask for it; `passthrough_agreed` is None until the kernel has sent INIT, then whether it offered it.
+    """
+
+    def __init__(self, device: int, ended: Callable[[], None], *, passthrough: bool) -> None:
         self.device = device
         self._ended = ended
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -137,6 +149,10 @@ class Seam:
         self.libfuse_fd = theirs.detach()
         """libfuse's end; libfuse closes it."""
         self._targets: dict[int, ReadTarget] = {}
+        self._passthrough = passthrough
+        self.passthrough_agreed: bool | None = None
+        self.backings = Backings(device)
+        self._backing_of_open: dict[int, int] = {}
         self._read_only_opens: set[int] = set()
         self._init_unique: int | None = None
         self._closed = False
@@ -182,9 +198,22 @@ class Seam:
         """From now on READs of handle `fh` are answered from `target`."""
         self._targets[fh] = target
 
+    def back(self, node_id: int, fd: int) -> int | None:
+        """A backing ID for one more open of a node; None if the kernel offers no passthrough or refuses."""
+        return self.backings.acquire(node_id, fd) if self.passthrough_agreed else None
+
+    def unback(self, node_id: int) -> None:
+        """One open of the node with a backing fewer."""
+        self.backings.release(node_id)
+
+    def pass_through(self, fh: int, backing_id: int) -> None:
+        """The reply to the OPEN that returns handle `fh` shall carry this backing ID."""
+        self._backing_of_open[fh] = backing_id
+
     def stop_reads(self, fh: int) -> None:
         """The handle was released."""
         self._targets.pop(fh, None)
+        self._backing_of_open.pop(fh, None)
 
     def close(self, mountpoint: Path) -> None:
         """Unmount (lazily if busy) and end the pumps. May be called again."""
@@ -228,8 +257,9 @@ class Seam:
                 continue
             if opcode == _OP_INIT:
                 self._init_unique = unique
-                (flags,) = _INIT_IN_FLAGS.unpack_from(buffer, _INIT_IN_FLAGS_AT)
-                _INIT_IN_FLAGS.pack_into(buffer, _INIT_IN_FLAGS_AT, flags & ~_SPLICE_FLAGS)
+                flags, flags2 = _INIT_IN_FLAGS.unpack_from(buffer, _INIT_IN_FLAGS_AT)
+                self.passthrough_agreed = bool(self._passthrough and flags & _INIT_EXT and flags2 & _INIT2_PASSTHROUGH)
+                _INIT_IN_FLAGS.pack_into(buffer, _INIT_IN_FLAGS_AT, flags & ~_SPLICE_FLAGS, flags2)
             elif opcode == _OP_OPEN:
                 (open_flags,) = _OPEN_IN_FLAGS.unpack_from(buffer, _IN_HEADER.size)
                 if open_flags & os.O_ACCMODE == os.O_RDONLY:
@@ -267,12 +297,20 @@ class Seam:
             if unique in self._read_only_opens:
                 self._read_only_opens.discard(unique)
                 if error == 0:
-                    fh, flags = _OPEN_FLAGS.unpack_from(buffer, _OUT_HEADER.size)
-                    _OPEN_FLAGS.pack_into(buffer, _OUT_HEADER.size, fh, flags | _FOPEN_NOFLUSH)
+                    self._finish_open(buffer)
             elif unique == self._init_unique and error == 0:
                 self._init_unique = None
                 self._set_limits(buffer)
             self._answer([view[:size]])
+
+    def _finish_open(self, buffer: bytearray) -> None:
+        """Complete the reply to a read-only OPEN with what pyfuse3 cannot say."""
+        fh, flags, _ = _OPEN_OUT.unpack_from(buffer, _OUT_HEADER.size)
+        flags |= _FOPEN_NOFLUSH
+        backing_id = self._backing_of_open.pop(fh, 0)
+        if backing_id:
+            flags = (flags | _FOPEN_PASSTHROUGH) & ~_FOPEN_KEEP_CACHE
+        _OPEN_OUT.pack_into(buffer, _OUT_HEADER.size, fh, flags, backing_id)
 
     def _set_limits(self, buffer: bytearray) -> None:
         """Put our limits into the reply to INIT; a WRITE must fit into the socket with room to spare."""
@@ -281,6 +319,10 @@ class Seam:
         fields[4:6] = MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4
         fields[6] = max(page, min(fields[6], READ_BYTES_MAX, self._room // 4) // page * page)
         fields[8] = max(1, READ_BYTES_MAX // page)
+        if self.passthrough_agreed:
+            fields[3] |= _INIT_EXT
+            fields[10] |= _INIT2_PASSTHROUGH
+            fields[11] = _STACK_DEPTH
         _INIT_OUT.pack_into(buffer, _OUT_HEADER.size, *fields)
 
     def _answer(self, parts: list[memoryview]) -> None:
