@@ -7,6 +7,7 @@ checked against the machine by `node/daemon.py`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,8 @@ from tierd.errors import UsageError
 from tierd.units import split
 
 ENV_PREFIX = "TIERD_"
+_ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:\[\]\s]+)):(?P<port>[0-9]{1,5})", re.ASCII)
+_PORT_MAX = 65_535
 ENV_ELSEWHERE = frozenset({"TIERD_CONFIG"})
 """Variables with our prefix that are not settings of a mount."""
 
@@ -27,30 +30,49 @@ def _as_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _no_truth_value(value: Any) -> Any:
+    """YAML's `yes` is True, and True would pass for the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _not_empty(value: Any) -> Any:
+    """An empty path would mean the working directory."""
+    if value == "":
+        raise ValueError("must not be empty")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+Seconds = Annotated[float, BeforeValidator(_no_truth_value)]
+PathSetting = Annotated[Path, BeforeValidator(_not_empty)]
+
+
 class MountSettings(BaseModel):
     """Everything one node daemon needs to know. Sizes are bytes, times are seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    source: Path
-    mountpoint: Path
-    state_dir: Path | None = None
+    source: PathSetting
+    mountpoint: PathSetting
+    state_dir: PathSetting | None = None
     models_root: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("models", "hot-models")
     outputs_root: str = "outputs"
     metrics: str = "127.0.0.1:9568"
-    metrics_models: int = Field(50, ge=0, le=1000)
-    load_idle_gap: float = Field(30.0, gt=0, le=86_400)
-    attr_timeout: float = Field(1.0, ge=0, le=86_400)
-    entry_timeout: float = Field(1.0, ge=0, le=86_400)
-    read_ahead_kib: int = Field(1024, ge=4, le=65_536)
-    journal_capacity: int = Field(65_536, ge=16, le=10_000_000)
-    history_rows: int = Field(100_000, ge=0, le=10_000_000)
-    max_files_known: int = Field(1_000_000, ge=1000)
+    metrics_models: Whole = Field(50, ge=0, le=1000)
+    load_idle_gap: Seconds = Field(30.0, gt=0, le=86_400)
+    attr_timeout: Seconds = Field(1.0, ge=0, le=86_400)
+    entry_timeout: Seconds = Field(1.0, ge=0, le=86_400)
+    read_ahead_kib: Whole = Field(1024, ge=4, le=65_536)
+    journal_capacity: Whole = Field(65_536, ge=16, le=10_000_000)
+    history_rows: Whole = Field(100_000, ge=0, le=10_000_000)
+    max_files_known: Whole = Field(1_000_000, ge=1000)
     passthrough: Literal["auto", "on", "off"] = "auto"
     allow_other: bool | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
-    log_file: Path | None = None
+    log_file: PathSetting | None = None
 
     @field_validator("models_root")
     @classmethod
@@ -86,10 +108,10 @@ def relative_root(root: str) -> str:
 
 def host_port(address: str) -> tuple[str, int]:
     """`HOST:PORT` (IPv6 in brackets) as a pair; ValueError otherwise. Port 0 means any free port."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise ValueError("must be HOST:PORT, such as 127.0.0.1:9568")
-    return host.strip("[]"), int(port)
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match["port"]) > _PORT_MAX:
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:9568 or [::1]:9568")
+    return match["v6"] or match["host"], int(match["port"])
 
 
 def load(flags: Mapping[str, Any], environ: Mapping[str, str] = {}, config_file: Path | None = None) -> MountSettings:

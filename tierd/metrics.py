@@ -12,14 +12,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
 
 OTHER = "other"
-ERRNO_LABELS = frozenset(
-    {
-        "ENOENT", "EEXIST", "ENOTEMPTY", "EISDIR", "ENOTDIR", "EACCES", "EPERM", "EIO", "ENOSPC", "EDQUOT", "EROFS",
-        "ESTALE", "EINVAL", "ENODATA", "ENOSYS", "EOPNOTSUPP", "ENAMETOOLONG", "EXDEV", "EBUSY", "EMFILE", "ENFILE",
-        "ELOOP", "EMLINK", "EFBIG", "EINTR", "ETIMEDOUT", "ENXIO", "ERANGE", "E2BIG",
-    }
+_ERRNO_NAMES = (
+    "ENOENT", "EEXIST", "ENOTEMPTY", "EISDIR", "ENOTDIR", "EACCES", "EPERM", "EIO", "ENOSPC", "EDQUOT", "EROFS",
+    "ESTALE", "EINVAL", "ENODATA", "ENOSYS", "EOPNOTSUPP", "ENAMETOOLONG", "EXDEV", "EBUSY", "EMFILE", "ENFILE",
+    "ELOOP", "EMLINK", "EFBIG", "EINTR", "ETIMEDOUT", "ENXIO", "ERANGE", "E2BIG", "EBADF",
 )  # fmt: skip
-"""errno names that get a series of their own; all others count as `other`."""
+ERRNO_LABELS = {getattr(_errno, name): name for name in _ERRNO_NAMES}
+"""errno values that get a series of their own, by number; all others count as `other`."""
 
 _LATENCY_BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
@@ -46,7 +45,7 @@ class Metrics:
         self._errors = Counter(
             "tierd_request_errors", "Requests answered with an error, by errno.", ["errno"], registry=registry
         )
-        for name in (*ERRNO_LABELS, OTHER):
+        for name in (*ERRNO_LABELS.values(), OTHER):
             self._errors.labels(name)
         self.handler_failures = Counter(
             "tierd_handler_failures", "Requests answered EIO because of a defect in tierd; see the log.",
@@ -67,7 +66,8 @@ class Metrics:
         self._dropped_index = self._dropped.labels("index_write")
         self._dropped_rows = self._dropped.labels("index_row")
         self._depth = Gauge("tierd_depth", "How much is queued or held now.", ["what"], registry=registry)
-        self._count_model(None)
+        for counter in (self._opens, self._loads, self._read_bytes):
+            counter.labels(OTHER)
 
     def watch_depth(self, what: str, depth: Callable[[], float]) -> None:
         """Export `depth()` at each scrape."""
@@ -75,8 +75,7 @@ class Metrics:
 
     def error(self, number: int) -> None:
         """A request was answered with errno `number`."""
-        name = _errno.errorcode.get(number, OTHER)
-        self._errors.labels(name if name in ERRNO_LABELS else OTHER).inc()
+        self._errors.labels(ERRNO_LABELS.get(number, OTHER)).inc()
 
     def opened(self, model: bytes | None, *, load_begins: bool) -> None:
         """A file was opened for reading."""

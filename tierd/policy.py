@@ -5,6 +5,7 @@ All times are nanoseconds since the epoch.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -50,6 +51,8 @@ class LoadGrouper:
             return
         run.active = max(0, run.active - 1)
         run.last_ns = max(run.last_ns, at_ns)
+        self._runs.move_to_end(model)
+        self._shrink()
 
     def active(self, model: bytes) -> int:
         """How many descriptors of the model are open now."""
@@ -60,9 +63,9 @@ class LoadGrouper:
         return len(self._runs)
 
     def _shrink(self) -> None:
-        if len(self._runs) <= self._capacity:
+        surplus = len(self._runs) - self._capacity
+        if surplus <= 0:
             return
-        for model, run in self._runs.items():
-            if run.active == 0:
-                del self._runs[model]
-                return
+        idle = (model for model, run in self._runs.items() if run.active == 0)
+        for model in list(itertools.islice(idle, surplus)):
+            del self._runs[model]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from tierd.units import looks_like_model, model_of
+from tierd.units import looks_like_model, model_of, root_of
 
 log = structlog.get_logger(__name__)
 
@@ -35,8 +35,9 @@ def walk(source: Path, roots: Sequence[bytes]) -> Catalog:
     """Find the models below the roots."""
     catalog = Catalog()
     base = os.fsencode(source)
-    for root in roots:
-        _walk_root(catalog, base, root, roots)
+    for root in dict.fromkeys(roots):
+        if root_of(root, [other for other in roots if other != root]) is None:
+            _walk_root(catalog, base, root, roots)
     return catalog
 
 

@@ -32,7 +32,7 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from tierd.errors import DaemonError
+from tierd.errors import DaemonError, TierdError
 from tierd.metrics import Metrics
 from tierd.node.overlay import Caller, Entry, OpenedFile, Overlay
 from tierd.node.seam import Seam
@@ -69,7 +69,7 @@ def handler(
             while self._congested():  # noqa: ASYNC110 - the kernel's side of a socket sets no event
                 await trio.sleep(_CONGESTED_SECONDS)
             return answer
-        except OSError as error:
+        except (OSError, TierdError) as error:
             number = error.errno or errno.EIO
             self.metrics.error(number)
             raise pyfuse3.FUSEError(number) from None

@@ -22,7 +22,7 @@ from tierd.node.sources import Moved, PosixSource, Ref
 class FileHandle:
     """One open file. `recorded_path` is what its open was recorded under, and its close must be; None if it was not."""
 
-    __slots__ = ("backed", "closing", "fd", "fh", "node", "recorded_path", "target", "uses", "writable")
+    __slots__ = ("backed", "closing", "dirty", "fd", "fh", "node", "recorded_path", "target", "uses", "writable")
 
     def __init__(self, fh: int, node: Node, fd: int, writable: bool) -> None:
         self.fh = fh
@@ -32,6 +32,7 @@ class FileHandle:
         self.target = ReadTarget(fd)
         self.recorded_path: bytes | None = None
         self.backed = False
+        self.dirty = False
         self.uses = 0
         self.closing = False
 
@@ -63,16 +64,13 @@ class _Hold:
         self._node = node
 
     async def __aenter__(self) -> int:
-        entry = self._cache.peek(self._node) or await self._cache.open(self._node)
-        entry.uses += 1
-        self._entry = entry
-        return entry.fd
+        self._entry = self._cache.peek(self._node) or await self._cache.open(self._node)
+        return self._entry.fd
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._entry.uses -= 1
-        self._cache.close_if_done(self._entry)
+        self._cache.leave(self._entry)
 
 
 class _DirFd:
@@ -106,29 +104,49 @@ class DirCache:
         return _Hold(self, node)
 
     def peek(self, node: Node) -> _DirFd | None:
-        """The descriptor if it is there already."""
+        """The descriptor, with one use counted, if it is there already."""
         if node is self._inodes.root:
-            return self._root
-        entry = self._fds.get(node)
+            entry: _DirFd | None = self._root
+        else:
+            entry = self._fds.get(node)
         if entry is not None:
-            self._fds.move_to_end(node)
+            entry.uses += 1
+            if entry is not self._root:
+                self._fds.move_to_end(node)
         return entry
 
     async def open(self, node: Node) -> _DirFd:
-        """Open the directory by its latest name, its parents first."""
-        parent, name = node.parent, node.name
-        if parent is None:
-            raise Moved
-        async with self.hold(parent) as parent_fd:
-            fd = await self._run(self._source.open_dir, Ref(parent_fd, name, node.key), os.O_PATH)
-        raced = self._fds.get(node)
+        """Open the directory by its latest name, from the nearest parent that is open; one use is counted."""
+        missing = []
+        at = node
+        while (entry := self.peek(at)) is None:
+            missing.append(at)
+            if at.parent is None:
+                raise Moved
+            at = at.parent
+        for child in reversed(missing):
+            try:
+                fd = await self._run(self._source.open_dir, Ref(entry.fd, child.name, child.key), os.O_PATH)
+            finally:
+                self.leave(entry)
+            entry = self._keep(child, fd)
+        return entry
+
+    def _keep(self, node: Node, fd: int) -> _DirFd:
+        raced = self.peek(node)
         if raced is not None:
             os.close(fd)
             return raced
         entry = self._fds[node] = _DirFd(fd)
+        entry.uses = 1
         while len(self._fds) > self._capacity:
             self._drop(self._fds.popitem(last=False)[1])
         return entry
+
+    def leave(self, entry: _DirFd) -> None:
+        """One use fewer."""
+        entry.uses -= 1
+        self._close_if_done(entry)
 
     def drop(self, node: Node) -> None:
         """The directory is gone or forgotten."""
@@ -138,9 +156,9 @@ class DirCache:
 
     def _drop(self, entry: _DirFd) -> None:
         entry.dropped = True
-        self.close_if_done(entry)
+        self._close_if_done(entry)
 
-    def close_if_done(self, entry: _DirFd) -> None:
+    def _close_if_done(self, entry: _DirFd) -> None:
         """Close a dropped descriptor once nobody uses it."""
         if entry.dropped and entry.uses == 0 and entry.fd >= 0:
             os.close(entry.fd)

@@ -14,8 +14,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import structlog
+
+from tierd.errors import UsageError
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +35,7 @@ class ModelDelta:
     loads: int = 0
     hits: int = 0
     bytes_read: int = 0
+    first_access_ns: int | None = None
     last_access_ns: int = 0
 
 
@@ -92,13 +96,14 @@ class Index:
     def apply(self, batch: Batch) -> int:
         """Write a batch in one transaction; how many file rows were pruned for it. Raises sqlite3.Error."""
         with self._writer as db:
+            rows, pruned = self._add_files(db, batch)
             db.executemany(
                 "INSERT INTO models (model, opens, loads, hits, bytes_read, first_access, last_access)"
-                " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6) ON CONFLICT (model) DO UPDATE SET"
+                " VALUES (?1, ?2, ?3, ?4, ?5, ?7, ?6) ON CONFLICT (model) DO UPDATE SET"
                 " opens = opens + ?2, loads = loads + ?3, hits = hits + ?4, bytes_read = bytes_read + ?5,"
                 " last_access = max(last_access, ?6)",
                 (
-                    (model, m.opens, m.loads, m.hits, m.bytes_read, m.last_access_ns)
+                    (model, m.opens, m.loads, m.hits, m.bytes_read, m.last_access_ns, _first(m))
                     for model, m in batch.models.items()
                 ),
             )
@@ -107,9 +112,11 @@ class Index:
                 ((row.at_ns, row.path, row.model, row.uid, row.pod) for row in batch.opens),
             )
             db.execute("DELETE FROM opens WHERE id <= (SELECT max(id) FROM opens) - ?", (self._history_rows,))
-            return self._add_files(db, batch)
+        self._file_rows = rows
+        return pruned
 
-    def _add_files(self, db: sqlite3.Connection, batch: Batch) -> int:
+    def _add_files(self, db: sqlite3.Connection, batch: Batch) -> tuple[int, int]:
+        """How many file rows there will be, and how many had to go."""
         known = sum(1 for path in batch.files if db.execute("SELECT 1 FROM files WHERE path = ?", (path,)).fetchone())
         db.executemany(
             "INSERT INTO files (path, model, opens, bytes_read, last_access) VALUES (?1, ?2, ?3, ?4, ?5)"
@@ -117,16 +124,15 @@ class Index:
             " last_access = max(last_access, ?5)",
             ((path, f.model, f.opens, f.bytes_read, f.last_access_ns) for path, f in batch.files.items()),
         )
-        self._file_rows += len(batch.files) - known
-        surplus: int = self._file_rows - self._max_files
+        rows = self._file_rows + len(batch.files) - known
+        surplus = rows - self._max_files
         if surplus <= 0:
-            return 0
+            return rows, 0
         db.execute(
             "DELETE FROM files WHERE path IN (SELECT path FROM files ORDER BY last_access LIMIT ?)",
             (surplus,),
         )
-        self._file_rows -= surplus
-        return surplus
+        return rows - surplus, surplus
 
     def models(self) -> list[ModelRow]:
         """All models ever opened here, the latest first."""
@@ -149,7 +155,9 @@ class Index:
 
     @contextmanager
     def _reader(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(f"file:{_quote(self.path)}?mode=ro", uri=True, timeout=_BUSY_SECONDS)) as db:
+        with closing(
+            sqlite3.connect(f"file:{quote(os.fsencode(self.path))}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
+        ) as db:
             yield db
 
     def close(self) -> None:
@@ -157,13 +165,15 @@ class Index:
         self._writer.close()
 
 
-def _quote(path: Path) -> str:
-    return "".join(f"%{byte:02x}" if byte in b"?#%" else chr(byte) for byte in os.fsencode(path))
+def _first(model: ModelDelta) -> int:
+    return model.last_access_ns if model.first_access_ns is None else model.first_access_ns
 
 
 def _open_or_replace(path: Path) -> sqlite3.Connection:
     try:
         return _open(path)
+    except sqlite3.OperationalError as error:
+        raise UsageError(f"index {path}: {error}", hint="is the disk full, or does another program hold it?") from None
     except sqlite3.DatabaseError as error:
         aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
         for suffix in ("", "-wal", "-shm"):

@@ -31,14 +31,14 @@ class Node:
 
     `parent` and `name` are where it was seen last (None once no name is known), `others` more hard
     links. `lookups` is the kernel's lookup count. `version` is the content that this node ID stands
-    for, packed by `pack`; None until known. `handles` are the open ones; `writers` counts those of
-    them open for writing, `backed` those that the kernel serves by itself (passthrough; it allows no
+    for, packed by `pack`; None until known. `handles` are the open ones; `dirty` counts those of
+    them that wrote something, `backed` those that the kernel serves by itself (passthrough; it allows no
     others beside them). Slots, because a walk over 100,000 files makes 100,000 of them.
     """
 
     __slots__ = (
-        "backed", "handles", "id", "key", "lookups", "name", "others", "parent", "retired", "version", "writers",
-        "young_until",
+        "backed", "dirty", "handles", "id", "key", "lookups", "name", "others", "parent", "retired",
+        "version", "young_until",
     )  # fmt: skip
 
     def __init__(self, node_id: int, key: Key, parent: Node | None, name: bytes) -> None:
@@ -49,7 +49,7 @@ class Node:
         self.others: list[tuple[Node, bytes]] | None = None
         self.lookups = 0
         self.version: int | None = None
-        self.writers = 0
+        self.dirty = 0
         self.backed = 0
         self.handles: list[FileHandle] | None = None
         self.retired = False
@@ -74,7 +74,7 @@ class InodeTable:
     """All nodes that the kernel knows, by node ID and by source inode.
 
     Invariants (`check`): `_by_id` holds the root and every node with `lookups > 0`; `_by_key` holds
-    exactly those of them that are not retired; no node has one name twice.
+    exactly those of them that are not retired; no node has one name twice; following `parent` always ends.
     """
 
     def __init__(self, root_key: Key) -> None:
@@ -103,8 +103,7 @@ class InodeTable:
         node = self._by_key.get(key)
         if node is None:
             node = Node(self._next_id, key, parent, name)
-            if key in self._young:
-                node.young_until = self._young.pop(key)
+            node.young_until = self._young.get(key, 0.0)
             self._next_id += 1
             self._by_id[node.id] = node
             self._by_key[key] = node
@@ -143,8 +142,22 @@ class InodeTable:
         if node is self.root or (node.parent is parent and node.name == name):
             return
         self.drop_name(node, parent, name)
-        if node.parent is not None:
-            node.others = [*(node.others or ())[-_OTHER_NAMES_MAX:], (node.parent, node.name)]
+        if node.parent is not None and parent is not node:
+            node.others = [*(node.others or ())[1 - _OTHER_NAMES_MAX :], (node.parent, node.name)]
+        self._place(node, parent, name)
+
+    def _place(self, node: Node, parent: Node, name: bytes) -> None:
+        """Make this the latest name.
+
+        A directory cannot lie below itself: if it seems to, the name that says so was renamed beneath the mount.
+        """
+        if parent is node:
+            return
+        above = parent
+        while above.parent is not None and above.parent is not node:
+            above = above.parent
+        if above.parent is node:
+            above.parent, above.name = None, b""
         node.parent, node.name = parent, name
 
     def drop_name(self, node: Node, parent: Node, name: bytes) -> None:
@@ -153,8 +166,10 @@ class InodeTable:
             node.others = [other for other in node.others if other[0] is not parent or other[1] != name] or None
         if node.parent is parent and node.name == name:
             if node.others:
-                node.parent, node.name = node.others.pop()
+                last = node.others.pop()
                 node.others = node.others or None
+                node.parent, node.name = None, b""
+                self._place(node, *last)
             else:
                 node.parent, node.name = None, b""
 

@@ -28,6 +28,7 @@ from tierd.node.journal import Closed, Journal, Opened
 from tierd.node.seam import ReadTarget
 from tierd.node.sources import (
     ACL_NAMES,
+    Change,
     Changes,
     Creator,
     Moved,
@@ -196,18 +197,18 @@ class Overlay:
         node = self.inodes.get(node_id)
         handle = self.files.get(fh) if fh is not None else None
         if handle is None or not handle.writable:
-            before, after = await self._on_node(node, self.source.setattr, changes, None)
+            change = await self._on_node(node, self.source.setattr, changes, None)
         else:
             with self._using(handle):
                 ref = Ref(handle.fd, None, node.key)
-                before, after = await self._run(self.source.setattr, ref, changes, handle.fd)
-        self._carry(node, before, after)
-        return Entry(node_id, after)
+                change = await self._run(self.source.setattr, ref, changes, handle.fd)
+        self._carry(node, change)
+        return Entry(node_id, change.after)
 
-    def _carry(self, node: Node, before: os.stat_result, after: os.stat_result) -> None:
+    def _carry(self, node: Node, change: Change) -> None:
         """Our own change is no reason to retire a node that was current before it."""
-        if node.version == pack(version_of(before)):
-            node.version = pack(version_of(after))
+        if node.version == pack(version_of(change.before)):
+            node.version = pack(version_of(change.after))
 
     async def readlink(self, node_id: int) -> bytes:
         """The target of a symbolic link."""
@@ -235,9 +236,9 @@ class Overlay:
         """One more name for a node."""
         node, parent = self.inodes.get(node_id), self.inodes.get(parent_id)
         async with self.dirs.hold(parent) as dir_fd:
-            before, after = await self._on_node(node, self.source.link, dir_fd, name)
-        self._carry(node, before, after)
-        return self._seen(parent, name, after)
+            change = await self._on_node(node, self.source.link, dir_fd, name)
+        self._carry(node, change)
+        return self._seen(parent, name, change.after)
 
     async def unlink(self, parent_id: int, name: bytes) -> None:
         """Remove a name; open descriptors keep the file."""
@@ -247,34 +248,36 @@ class Overlay:
         """Remove an empty directory."""
         await self._remove(parent_id, name, self.source.rmdir)
 
-    async def _remove(self, parent_id: int, name: bytes, function: Callable[[int, bytes], os.stat_result]) -> None:
+    async def _remove(self, parent_id: int, name: bytes, function: Callable[[int, bytes], Change]) -> None:
         parent = self.inodes.get(parent_id)
         async with self.dirs.hold(parent) as dir_fd:
-            gone = await self._run(function, dir_fd, name)
-        self._lost(parent, name, gone)
-
-    def _lost(self, parent: Node, name: bytes, st: os.stat_result) -> None:
-        node = self.inodes.by_key(self.source.key(st))
+            change = await self._run(function, dir_fd, name)
+        node = self._changed(change)
         if node is not None:
             self.inodes.drop_name(node, parent, name)
+
+    def _changed(self, change: Change) -> Node | None:
+        """The node of an inode that we changed ourselves, if the kernel knows it."""
+        node = self.inodes.by_key(self.source.key(change.before))
+        if node is not None:
+            self._carry(node, change)
+        return node
 
     async def rename(self, old_parent_id: int, old: bytes, new_parent_id: int, new: bytes, flags: int) -> None:
         """renameat2(2) with its flags, where the source supports them."""
         old_parent, new_parent = self.inodes.get(old_parent_id), self.inodes.get(new_parent_id)
         async with self.dirs.hold(old_parent) as old_fd, self.dirs.hold(new_parent) as new_fd:
-            moved, replaced, after = await self._run(self.source.rename, old_fd, old, new_fd, new, flags)
-        if replaced is not None and self.source.key(replaced) == self.source.key(moved):
+            moved, replaced = await self._run(self.source.rename, old_fd, old, new_fd, new, flags)
+        node, other = self._changed(moved), self._changed(replaced) if replaced else None
+        if node is not None and node is other:
             return
-        if replaced is not None:
-            self._lost(new_parent, new, replaced)
-            other = self.inodes.by_key(self.source.key(replaced))
-            if other is not None and flags & _RENAME_EXCHANGE:
-                self.inodes.add_name(other, old_parent, old)
-        node = self.inodes.by_key(self.source.key(moved))
+        if other is not None:
+            self.inodes.drop_name(other, new_parent, new)
         if node is not None:
             self.inodes.drop_name(node, old_parent, old)
             self.inodes.add_name(node, new_parent, new)
-            self._carry(node, moved, after)
+        if other is not None and flags & _RENAME_EXCHANGE:
+            self.inodes.add_name(other, old_parent, old)
 
     # --- files ---
 
@@ -284,15 +287,16 @@ class Overlay:
         fd, version, pod = await self._on_node(node, self._open_blocking, flags, caller.pid)
         packed = pack(version)
         young = trio.current_time() < node.young_until
-        changed = node.version != packed and not flags & os.O_TRUNC and node.writers == 0
-        passed_through = node.backed and flags & os.O_ACCMODE != os.O_RDONLY
+        changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
+        passed_through = node.backed and flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY
         if (changed and not young and not node.retired) or passed_through:
-            self._retire(node)
+            if not node.retired:
+                self._retire(node)
             await self._run(os.close, fd)
             raise Moved
         if changed:
             self._attributes_changed(node_id)
-        if node.writers == 0:
+        if not node.dirty or flags & os.O_TRUNC:
             node.version = packed
         handle = self._new_handle(node, fd, flags, caller.uid, pod)
         if node.backed or not (young or node.retired):
@@ -327,7 +331,6 @@ class Overlay:
         handle = FileHandle(self._fh(), node, fd, access != os.O_RDONLY)
         self.files[handle.fh] = handle
         self._reads.serve_reads(handle.fh, handle.target)
-        node.writers += handle.writable
         node.handles = [*(node.handles or ()), handle]
         if access != os.O_WRONLY:
             self._record_open(handle, uid, pod)
@@ -380,7 +383,11 @@ class Overlay:
 
     async def write(self, fh: int, offset: int, data: bytes) -> int:
         """Write at `offset`; how many bytes reached the source."""
-        return await self._run_data(write_at, self._file(fh).fd, data, offset)
+        handle = self._file(fh)
+        if not handle.dirty:
+            handle.dirty = True
+            handle.node.dirty += 1
+        return await self._run_data(write_at, handle.fd, data, offset)
 
     async def flush(self, fh: int) -> None:
         """A descriptor was closed: report errors of delayed writes, and make them visible to other mounts."""
@@ -400,12 +407,12 @@ class Overlay:
             handle.node.backed -= 1
             self._reads.unback(handle.node.id)
         node = handle.node
-        version = await self._run_data(_final_version, handle.fd) if handle.writable else None
+        version = await self._run_data(_final_version, handle.fd) if handle.dirty else None
         node.handles = [other for other in node.handles or () if other is not handle] or None
-        if handle.writable:
-            node.writers -= 1
-            if node.writers == 0 and version is not None:
-                node.version = pack(version)
+        if handle.dirty:
+            node.dirty -= 1
+            if node.dirty == 0:
+                node.version = pack(version) if version is not None else None
         if handle.recorded_path is not None:
             self.journal.closed(Closed(fh, handle.recorded_path, self._now_ns(), handle.target.bytes_read))
         handle.closing = True
@@ -497,13 +504,13 @@ class Overlay:
         """Set an extended attribute."""
         self._refuse_xattr(name)
         node = self.inodes.get(node_id)
-        self._carry(node, *await self._on_node(node, self.source.setxattr, name, value))
+        self._carry(node, await self._on_node(node, self.source.setxattr, name, value))
 
     async def removexattr(self, node_id: int, name: bytes) -> None:
         """Remove an extended attribute."""
         self._refuse_xattr(name)
         node = self.inodes.get(node_id)
-        self._carry(node, *await self._on_node(node, self.source.removexattr, name))
+        self._carry(node, await self._on_node(node, self.source.removexattr, name))
 
     def _refuse_xattr(self, name: bytes) -> None:
         """What needs no question to the source, because the kernel asks it before every write and `ls` for every file.

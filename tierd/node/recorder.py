@@ -5,6 +5,7 @@ Everything here runs in a worker thread, one batch at a time, so the read path n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sqlite3
@@ -19,7 +20,7 @@ from tierd.metrics import Metrics
 from tierd.node.index import Batch, FileDelta, Index, ModelDelta, OpenRow
 from tierd.node.journal import Closed, Event, Journal, Opened
 from tierd.policy import LoadGrouper
-from tierd.units import looks_like_model, model_of
+from tierd.units import looks_like_model, model_of, split
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +28,7 @@ _BATCH_EVENTS_MAX = 10_000
 _BATCH_SECONDS = 0.2
 _EVIDENCE_SECONDS = 60.0
 _EVIDENCE_DIRS_MAX = 10_000
+_DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class ModelDirs:
@@ -52,15 +54,28 @@ class ModelDirs:
 
     def _look(self, directory: bytes) -> bool:
         try:
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root_fd)
+            with contextlib.closing(self._open(directory)) as opened:
+                return looks_like_model(os.fsencode(name) for name in os.listdir(opened.fd))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 log.warning("model_dir_unreadable", directory=os.fsdecode(directory), reason=error.strerror)
             return False
-        try:
-            return looks_like_model(os.fsencode(name) for name in os.listdir(fd))
-        finally:
-            os.close(fd)
+
+    def _open(self, directory: bytes) -> _Descriptor:
+        """One component at a time and never through a link, so that nothing outside of the source is looked at."""
+        found = _Descriptor(os.open(".", _DIR_FLAGS, dir_fd=self._root_fd))
+        for name in split(directory):
+            with contextlib.closing(found):
+                found = _Descriptor(os.open(name, _DIR_FLAGS, dir_fd=found.fd))
+        return found
+
+
+class _Descriptor:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
 class Recorder:
@@ -83,7 +98,7 @@ class Recorder:
         self._is_model_dir = is_model_dir
         self._loads = LoadGrouper(load_idle_gap_s)
         self._model_of_open: dict[int, bytes | None] = {}
-        self._one_at_a_time = trio.CapacityLimiter(1)
+        self._one_at_a_time = trio.Lock()
 
     async def run(self) -> None:
         """Record until cancelled."""
@@ -94,9 +109,10 @@ class Recorder:
 
     async def flush(self) -> None:
         """Record all that is queued now. Never raises for a failing index: what is lost is counted."""
-        while events := self._journal.take(_BATCH_EVENTS_MAX):
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.record, events, limiter=self._one_at_a_time)
+        async with self._one_at_a_time:
+            while events := self._journal.take(_BATCH_EVENTS_MAX):
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self.record, events)
 
     def record(self, events: Sequence[Event]) -> None:
         """Group a batch and write it."""
@@ -117,6 +133,9 @@ class Recorder:
         file.last_access_ns = max(file.last_access_ns, event.at_ns)
         entry = batch.models.setdefault(model, ModelDelta()) if model is not None else None
         if entry is not None:
+            entry.first_access_ns = (
+                event.at_ns if entry.first_access_ns is None else min(entry.first_access_ns, event.at_ns)
+            )
             entry.last_access_ns = max(entry.last_access_ns, event.at_ns)
         if isinstance(event, Opened):
             self._add_open(batch, event, model, file, entry)

@@ -14,7 +14,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +74,13 @@ class Changes:
     size: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+
+
+class Change(NamedTuple):
+    """An inode's attributes before and after we changed something of it (its last link may be gone after)."""
+
+    before: os.stat_result
+    after: os.stat_result
 
 
 class Creator(NamedTuple):
@@ -216,8 +223,8 @@ class PosixSource:
         else:
             fd = self._open_checked(ref, wanted)
         try:
-            if flags & os.O_TRUNC and wanted & os.O_ACCMODE != os.O_RDONLY:
-                os.ftruncate(fd, 0)
+            if flags & os.O_TRUNC:
+                os.truncate(f"/proc/self/fd/{fd}", 0)
             return fd, forced_version(fd)
         except OSError:
             os.close(fd)
@@ -237,8 +244,8 @@ class PosixSource:
         finally:
             os.close(fd)
 
-    def setattr(self, ref: Ref, changes: Changes, fd: int | None) -> tuple[os.stat_result, os.stat_result]:
-        """Apply `changes` in an order in which none undoes another; attributes before and after.
+    def setattr(self, ref: Ref, changes: Changes, fd: int | None) -> Change:
+        """Apply `changes` in an order in which none undoes another.
 
         `fd`, if given, is the writable descriptor that the caller truncates through.
         """
@@ -255,14 +262,14 @@ class PosixSource:
                 atime = now.st_atime_ns if changes.atime_ns is None else changes.atime_ns
                 mtime = now.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns
                 os.utime(path, ns=(atime, mtime))
-            return before, os.stat(path)
+            return Change(before, os.stat(path))
 
-    def link(self, ref: Ref, dir_fd: int, name: bytes) -> tuple[os.stat_result, os.stat_result]:
-        """One more name for the inode; its attributes before and after."""
+    def link(self, ref: Ref, dir_fd: int, name: bytes) -> Change:
+        """One more name for the inode."""
         before = self.stat(ref)
         with self._path(ref) as path:
             os.link(path, name, dst_dir_fd=dir_fd, follow_symlinks=True)
-        return before, self.lstat(dir_fd, name)
+        return Change(before, self.lstat(dir_fd, name))
 
     def getxattr(self, ref: Ref, name: bytes) -> bytes:
         """The value of an extended attribute; ENODATA if there is none."""
@@ -274,19 +281,19 @@ class PosixSource:
         with self._path(ref) as path:
             return [os.fsencode(name) for name in os.listxattr(path)]
 
-    def setxattr(self, ref: Ref, name: bytes, value: bytes) -> tuple[os.stat_result, os.stat_result]:
-        """Set an extended attribute; attributes before and after."""
+    def setxattr(self, ref: Ref, name: bytes, value: bytes) -> Change:
+        """Set an extended attribute."""
         with self._path(ref) as path:
             before = os.stat(path)
             os.setxattr(path, name, value)
-            return before, os.stat(path)
+            return Change(before, os.stat(path))
 
-    def removexattr(self, ref: Ref, name: bytes) -> tuple[os.stat_result, os.stat_result]:
-        """Remove an extended attribute; attributes before and after."""
+    def removexattr(self, ref: Ref, name: bytes) -> Change:
+        """Remove an extended attribute."""
         with self._path(ref) as path:
             before = os.stat(path)
             os.removexattr(path, name)
-            return before, os.stat(path)
+            return Change(before, os.stat(path))
 
     # --- names in a directory ---
 
@@ -339,40 +346,59 @@ class PosixSource:
             os.symlink(target, name, dir_fd=dir_fd)
         return self.lstat(dir_fd, name)
 
-    def unlink(self, dir_fd: int, name: bytes) -> os.stat_result:
-        """Remove a name that is no directory; what it meant."""
-        st = self.lstat(dir_fd, name)
-        os.unlink(name, dir_fd=dir_fd)
-        return st
+    def unlink(self, dir_fd: int, name: bytes) -> Change:
+        """Remove a name that is no directory."""
+        with self._observed(dir_fd, name) as seen:
+            os.unlink(name, dir_fd=dir_fd)
+            return seen()
 
-    def rmdir(self, dir_fd: int, name: bytes) -> os.stat_result:
-        """Remove an empty directory; what it was."""
+    def rmdir(self, dir_fd: int, name: bytes) -> Change:
+        """Remove an empty directory."""
         st = self.lstat(dir_fd, name)
         os.rmdir(name, dir_fd=dir_fd)
-        return st
+        return Change(st, st)
 
-    def rename(
-        self, old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int
-    ) -> tuple[os.stat_result, os.stat_result | None, os.stat_result]:
-        """renameat2(2); attributes of `old` before, of what stood at `new` before (or None), of `new` after.
+    def rename(self, old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> tuple[Change, Change | None]:
+        """renameat2(2); what became of what was at `old`, and of what stood at `new` before (None: nothing).
 
         EINVAL where the source does not support a flag.
         """
         if flags not in _RENAMEAT2_FLAGS:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        moved = self.lstat(old_fd, old)
-        (replaced,) = self.lstat_many(new_fd, [new])
-        if flags == 0:
-            os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)
-        elif _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        (after,) = self.lstat_many(new_fd, [new])
-        return moved, replaced, after or moved
+        with contextlib.ExitStack() as stack:
+            moved = stack.enter_context(self._observed(old_fd, old))
+            try:
+                replaced = stack.enter_context(self._observed(new_fd, new))
+            except FileNotFoundError:
+                replaced = None
+            if flags == 0:
+                os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)
+            elif _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
+            return moved(), replaced() if replaced is not None else None
+
+    @contextlib.contextmanager
+    def _observed(self, dir_fd: int, name: bytes) -> Iterator[Callable[[], Change]]:
+        """Hold on to an inode while its name changes; the function yielded tells what became of it."""
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        try:
+            before = os.fstat(fd)
+            yield lambda: Change(before, _stat_after(fd, before))
+        finally:
+            os.close(fd)
 
     def statvfs(self) -> os.statvfs_result:
         """Sizes and free space of the source."""
         return os.fstatvfs(self.root_fd)
+
+
+def _stat_after(fd: int, before: os.stat_result) -> os.stat_result:
+    """Attributes now; those of before if the inode went with its name and the source forgot it."""
+    try:
+        return os.fstat(fd)
+    except OSError:
+        return before
 
 
 def _or_keep(identity: int | None) -> int:

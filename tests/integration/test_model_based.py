@@ -1,0 +1,434 @@
+"""Random operations through the overlay and beneath it, against a plain directory that gets the same ones.
+
+Every operation is done twice: through the mount (or directly on its source) and on a model directory
+of the same file system type. Results and errnos must be equal, and so must the whole trees after each
+step. The mount has timeouts of 0, so that changes beneath are seen by the very next call and the
+comparison can be exact; that the default timeouts only add a bounded delay is tested in
+`test_consistency.py`.
+
+In CI the examples are the same each time. `pytest -m campaign` tries new ones; a failure prints the
+steps that lead to it and a blob for `@reproduce_failure`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from tests.conftest import DirectoryFactory, MountFactory
+from tests.integration.test_names import outcome, renameat2
+from tests.mounts import OverlayMount
+
+CONTENT_BYTES_MAX = 1 << 20
+NAMES = ["a", "b", "c", "a/a", "a/b", "a/c", "b/a", "b/b", "a/a/a", "b/a/b"]
+FIRST_TREE = ("a/", "b/", "a/a/", "c", "a/b", "b/a")
+offsets = st.sampled_from([0, 1, 100, 4095, 4096, 10_000, 150_000])
+contents = st.builds(lambda letter, size: letter * size, st.sampled_from([b"x", b"yz", b"!"]), offsets)
+modes = st.sampled_from([0o644, 0o600, 0o755, 0o000, 0o4755, 0o2775, 0o1777])
+sides = st.sampled_from(["through", "through", "beneath"])
+_RENAME_FLAGS = st.sampled_from([0, 0, 1, 2])
+_OPENS = st.sampled_from(
+    [
+        os.O_RDONLY,
+        os.O_RDONLY,
+        os.O_RDWR,
+        os.O_WRONLY,
+        os.O_RDWR | os.O_CREAT,
+        os.O_RDWR | os.O_CREAT | os.O_EXCL,
+        os.O_RDWR | os.O_TRUNC,
+        os.O_RDONLY | os.O_CREAT,
+    ]
+)
+
+
+class Place(NamedTuple):
+    """Which name an operation takes: mostly one that is there and of the right kind, sometimes any at all."""
+
+    kind: str
+    number: int
+
+
+def _places(*kinds: str) -> st.SearchStrategy[Place]:
+    return st.builds(Place, st.sampled_from(kinds), st.integers(0, 30))
+
+
+KINDS = {"file": stat.S_IFREG, "directory": stat.S_IFDIR, "link": stat.S_IFLNK}
+numbers = st.integers(0, 30)
+files = _places("file", "file", "file", "file", "any")
+directories = _places("directory", "directory", "any")
+things = _places("file", "directory", "link", "any")
+new_names = _places("any")
+
+
+class Handle(NamedTuple):
+    """One file, open on both sides."""
+
+    overlay: int
+    model: int
+
+
+def write_file(path: Path, flags: int, offset: int, data: bytes) -> None:
+    """Open, write, close. `offset` is ignored when appending."""
+    fd = os.open(path, os.O_WRONLY | flags, 0o644)
+    try:
+        os.pwrite(fd, data, offset)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """As careful programs write: to a temporary name, then renamed over."""
+    temporary = path.with_name("temporary")
+    temporary.write_bytes(data)
+    try:
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink()
+        raise
+
+
+def hard_link(old: Path, new: Path) -> None:
+    """A hard link of the entry itself, link or not."""
+    os.link(old, new, follow_symlinks=False)
+
+
+def soft_link(path: Path, text: str) -> None:
+    """A symbolic link."""
+    os.symlink(text, path)
+
+
+def sorted_names(path: Path) -> list[str]:
+    """A listing, in an order that both sides share."""
+    return sorted(os.listdir(path))
+
+
+def set_times(path: Path, at_ns: int) -> int:
+    """Set both times; the modification time as it is then told."""
+    os.utime(path, ns=(at_ns, at_ns))
+    return path.stat().st_mtime_ns
+
+
+def set_attribute(path: Path, value: bytes) -> tuple[list[str], bytes]:
+    """Set an extended attribute; all names, and the value, as they are then told."""
+    os.setxattr(path, "user.test", value)
+    return os.listxattr(path), os.getxattr(path, "user.test")
+
+
+def mode_links_size(fd: int) -> tuple[int, int, int]:
+    """What fstat(2) must say alike."""
+    found = os.fstat(fd)
+    return found.st_mode, found.st_nlink, found.st_size
+
+
+class Facts(NamedTuple):
+    """What must be equal of an entry: on both sides, but for the times; through the mount and beneath it, times too."""
+
+    mode: int
+    links: int
+    owner: tuple[int, int]
+    size: int | None
+    content: str | bytes | None
+    times: tuple[int, int] = (0, 0)
+
+
+class Tree(NamedTuple):
+    """A whole tree: facts by path, and which paths are one inode."""
+
+    facts: dict[str, Facts]
+    inodes: set[frozenset[str]]
+
+    def without_times(self) -> Tree:
+        """The same, comparable with a tree that was made at other times."""
+        return Tree({path: found._replace(times=(0, 0)) for path, found in self.facts.items()}, self.inodes)
+
+
+def look(base: Path) -> Tree:
+    """Everything below `base`, as its directories list it."""
+    found: dict[str, Facts] = {}
+    names_by_inode: dict[int, set[str]] = {}
+
+    def enter(directory: int, path: str) -> None:
+        for name in os.listdir(directory):
+            below, seen = path + name, os.stat(name, dir_fd=directory, follow_symlinks=False)
+            names_by_inode.setdefault(seen.st_ino, set()).add(below)
+            is_directory = stat.S_ISDIR(seen.st_mode)
+            content: str | bytes | None = None
+            if stat.S_ISLNK(seen.st_mode):
+                content = os.readlink(name, dir_fd=directory)
+            elif stat.S_ISREG(seen.st_mode):
+                with opened(name, directory) as fd:
+                    content = os.read(fd, CONTENT_BYTES_MAX)
+            found[below] = Facts(
+                seen.st_mode,
+                seen.st_nlink,
+                (seen.st_uid, seen.st_gid),
+                None if is_directory else seen.st_size,
+                content,
+                (seen.st_mtime_ns, seen.st_ctime_ns),
+            )
+            if is_directory:
+                with opened(name, directory) as fd:
+                    enter(fd, below + "/")
+
+    with opened(base) as fd:
+        enter(fd, "")
+    return Tree(found, {frozenset(names) for names in names_by_inode.values()})
+
+
+@contextmanager
+def opened(path: str | Path, directory: int | None = None) -> Iterator[int]:
+    """A descriptor of a directory or file, for reading."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class Machine(RuleBasedStateMachine):
+    """One example: a new directory on the mount, one like it beside it."""
+
+    mount: ClassVar[OverlayMount]
+    models: ClassVar[Path]
+    steps_per_look: ClassVar[int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        number = len(os.listdir(self.models))
+        self.beneath = self.mount.source / f"{number}"
+        self.through = self.mount.mountpoint / f"{number}"
+        self.model = self.models / f"{number}"
+        self.open: list[Handle] = []
+        self.ticks = 0
+        self.steps = 0
+        for base in (self.beneath, self.model):
+            base.mkdir()
+            for name in FIRST_TREE:
+                (base / name).mkdir() if name.endswith("/") else (base / name).write_bytes(name.encode())
+
+    def teardown(self) -> None:
+        self.compare()
+        while self.open:
+            self.close_one(0)
+        shutil.rmtree(self.through)
+        assert not self.beneath.exists()
+
+    def name(self, place: Place) -> str:
+        """What a place means in the tree as it is now."""
+        found = sorted(
+            name for name, facts in look(self.model).facts.items() if KINDS.get(place.kind) == stat.S_IFMT(facts.mode)
+        )
+        found = found or NAMES
+        return found[place.number % len(found)]
+
+    def both(self, side: str, function: Callable[..., Any], *places: Place, rest: tuple[Any, ...] = ()) -> Any:
+        """Call on one side of the mount and on the model; the answers must be equal."""
+        base = self.through if side == "through" else self.beneath
+        names = [self.name(place) for place in places]
+        expected = outcome(function, *(self.model / name for name in names), *rest)
+        found = outcome(function, *(base / name for name in names), *rest)
+        assert found == expected, f"{function.__name__}{names}{rest} {side}: {found!r}, not {expected!r}"
+        if side == "beneath":
+            for name in names:
+                self.distinguish(name)
+        return expected
+
+    def distinguish(self, name: str) -> None:
+        """Give a file that was changed beneath a time of its own.
+
+        Clocks of file systems tick every few milliseconds; two changes of equal size within one tick
+        are the same version, for the overlay as for everybody else.
+        """
+        path = self.beneath / name
+        if not path.is_symlink() and path.is_file():
+            self.ticks += 1
+            os.utime(path, ns=(0, 1_700_000_000_000_000_000 + self.ticks * 1000))
+
+    # --- names ---
+
+    @rule(side=sides, place=new_names, mode=modes)
+    def mkdir(self, side: str, place: Place, mode: int) -> None:
+        self.both(side, os.mkdir, place, rest=(mode,))
+
+    @rule(side=sides, place=directories)
+    def rmdir(self, side: str, place: Place) -> None:
+        self.both(side, os.rmdir, place)
+
+    @rule(side=sides, place=files)
+    def unlink(self, side: str, place: Place) -> None:
+        self.both(side, os.unlink, place)
+
+    @rule(side=sides, old=things, new=things, flags=_RENAME_FLAGS)
+    def rename(self, side: str, old: Place, new: Place, flags: int) -> None:
+        self.both(side, renameat2, old, new, rest=(flags,))
+
+    @rule(side=sides, old=directories, new=new_names, flags=_RENAME_FLAGS)
+    def rename_directory(self, side: str, old: Place, new: Place, flags: int) -> None:
+        self.both(side, renameat2, old, new, rest=(flags,))
+
+    @rule(side=sides, old=files, new=new_names)
+    def link(self, side: str, old: Place, new: Place) -> None:
+        self.both(side, hard_link, old, new)
+
+    @rule(side=sides, text=st.sampled_from(NAMES), place=new_names)
+    def symlink(self, side: str, text: str, place: Place) -> None:
+        self.both(side, soft_link, place, rest=(text,))
+
+    @rule(side=sides, place=directories)
+    def listing(self, side: str, place: Place) -> None:
+        self.both(side, sorted_names, place)
+
+    # --- attributes ---
+
+    @rule(side=sides, place=things, mode=modes)
+    def chmod(self, side: str, place: Place, mode: int) -> None:
+        self.both(side, os.chmod, place, rest=(mode,))
+
+    @rule(side=sides, place=things, uid=st.sampled_from([0, 1000]), gid=st.sampled_from([0, 1000]))
+    def chown(self, side: str, place: Place, uid: int, gid: int) -> None:
+        self.both(side, os.lchown, place, rest=(uid, gid))
+
+    @rule(side=sides, place=things, at_ns=st.sampled_from([0, 1, 1_700_000_000_987_654_321]))
+    def utime(self, side: str, place: Place, at_ns: int) -> None:
+        self.both(side, set_times, place, rest=(at_ns,))
+
+    @rule(side=sides, place=things, value=st.sampled_from([b"", b"1", b"x" * 1000]))
+    def setxattr(self, side: str, place: Place, value: bytes) -> None:
+        self.both(side, set_attribute, place, rest=(value,))
+
+    @rule(side=sides, place=things)
+    def removexattr(self, side: str, place: Place) -> None:
+        self.both(side, os.removexattr, place, rest=("user.test",))
+
+    # --- contents ---
+
+    @rule(
+        side=sides,
+        place=files,
+        flags=st.sampled_from([0, os.O_CREAT, os.O_CREAT | os.O_EXCL, os.O_CREAT | os.O_TRUNC, os.O_APPEND]),
+        offset=offsets,
+        data=contents,
+    )
+    def write(self, side: str, place: Place, flags: int, offset: int, data: bytes) -> None:
+        self.both(side, write_file, place, rest=(flags, offset, data))
+
+    @rule(side=sides, place=files, data=contents)
+    def replace(self, side: str, place: Place, data: bytes) -> None:
+        self.both(side, replace_file, place, rest=(data,))
+
+    @rule(side=sides, place=files, size=offsets)
+    def truncate(self, side: str, place: Place, size: int) -> None:
+        self.both(side, os.truncate, place, rest=(size,))
+
+    @rule(place=files)
+    def read(self, place: Place) -> None:
+        self.both("through", Path.read_bytes, place)
+
+    # --- open files ---
+
+    @rule(place=files, flags=_OPENS)
+    def open_file(self, place: Place, flags: int) -> None:
+        name = self.name(place)
+        expected, found = (outcome(os.open, base / name, flags, 0o644) for base in (self.model, self.through))
+        if isinstance(expected, int) and isinstance(found, int):
+            self.open.append(Handle(found, expected))
+        else:
+            assert found == expected, f"open({name}, {flags:o}): {found}, not {expected}"
+
+    def on_one(self, number: int, function: Callable[..., Any], *rest: Any) -> None:
+        """Call on both descriptors of an open file; the answers must be equal."""
+        handle = self.open[number % len(self.open)]
+        expected, found = (outcome(function, fd, *rest) for fd in (handle.model, handle.overlay))
+        assert found == expected, f"{function.__name__}{rest} on a handle: {found!r}, not {expected!r}"
+
+    @precondition(lambda self: self.open)
+    @rule(number=numbers, offset=offsets, size=offsets)
+    def read_one(self, number: int, offset: int, size: int) -> None:
+        self.on_one(number, os.pread, size, offset)
+
+    @precondition(lambda self: self.open)
+    @rule(number=numbers, offset=offsets, data=contents)
+    def write_one(self, number: int, offset: int, data: bytes) -> None:
+        self.on_one(number, os.pwrite, data, offset)
+
+    @precondition(lambda self: self.open)
+    @rule(number=numbers, size=offsets)
+    def truncate_one(self, number: int, size: int) -> None:
+        self.on_one(number, os.ftruncate, size)
+
+    @precondition(lambda self: self.open)
+    @rule(number=numbers, mode=modes)
+    def chmod_one(self, number: int, mode: int) -> None:
+        self.on_one(number, os.fchmod, mode)
+
+    @precondition(lambda self: self.open)
+    @rule(number=numbers)
+    def stat_one(self, number: int) -> None:
+        self.on_one(number, mode_links_size)
+
+    @precondition(lambda self: self.open)
+    @rule(number=numbers)
+    def close_one(self, number: int) -> None:
+        self.on_one(number, os.close)
+        del self.open[number % len(self.open)]
+
+    # --- what holds after each step ---
+
+    @invariant()
+    def trees_are_equal(self) -> None:
+        self.steps += 1
+        if self.steps % self.steps_per_look == 0:
+            self.compare()
+
+    def compare(self) -> None:
+        """The whole trees: through the mount, beneath it, and the model's."""
+        through = look(self.through)
+        assert through.facts == look(self.beneath).facts
+        assert through.without_times() == look(self.model).without_times()
+
+
+CAMPAIGN = settings(
+    max_examples=100,
+    stateful_step_count=50,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def run(over: OverlayMount, beside: Path, profile: settings | None = None, look_every: int = 8) -> None:
+    """Try examples on one mount. A look through a mount that remembers nothing takes a hundred requests."""
+
+    class Here(Machine):
+        mount = over
+        models = beside
+        steps_per_look = look_every
+
+    run_state_machine_as_test(Here, settings=profile)
+
+
+@pytest.fixture
+def exact_mount(overlay_mount: MountFactory, data_path: str) -> OverlayMount:
+    """A mount that remembers nothing."""
+    return overlay_mount(attr_timeout=0, entry_timeout=0, passthrough=data_path)
+
+
+@pytest.mark.parametrize("data_path", ["auto", "off"])
+def test_the_overlay_is_its_source(exact_mount: OverlayMount, new_directory: DirectoryFactory) -> None:
+    run(exact_mount, new_directory("model"))
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("data_path", ["auto", "off"])
+def test_campaign_the_overlay_is_its_source(exact_mount: OverlayMount, new_directory: DirectoryFactory) -> None:
+    run(exact_mount, new_directory("model"), CAMPAIGN, look_every=1)

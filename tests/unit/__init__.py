@@ -1,0 +1,1 @@
+"""Parts of tierd on their own: no kernel, no daemon, virtual time."""
