@@ -28,8 +28,9 @@ settings.register_profile(
 settings.load_profile("ci")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A machine that cannot mount is an error, not a reason to skip what matters most."""
+    config.addinivalue_line("markers", "sources(*kinds): over which of SOURCES a test on a shared mount runs")
     if not Path("/dev/fuse").is_char_device():
         raise pytest.UsageError(
             "/dev/fuse is missing: the tests mount real file systems. Load the module (modprobe fuse), or start"
@@ -86,6 +87,13 @@ def overlay_mount(new_directory: DirectoryFactory) -> Iterator[MountFactory]:
         yield mount
 
 
+@pytest.fixture(scope="module")
+def module_overlay_mount(new_directory: DirectoryFactory) -> Iterator[MountFactory]:
+    """The same, until the last test of the module."""
+    with _mounts(new_directory) as mount:
+        yield mount
+
+
 @pytest.fixture(scope="session")
 def juicefs_volume() -> Iterator[JuiceFS]:
     """A JuiceFS volume, formatted and not mounted: SQLite metadata, file objects; in memory where there is /dev/shm."""
@@ -108,9 +116,10 @@ SOURCES = ("directory", "juicefs")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests on a shared mount run over each source; a module may name its own `SOURCES`."""
+    """A test on a shared mount runs over each source that it, its module or `SOURCES` names."""
     if "source_kind" in metafunc.fixturenames:
-        kinds = getattr(metafunc.module, "SOURCES", SOURCES)
+        marker = metafunc.definition.get_closest_marker("sources")
+        kinds = marker.args if marker else SOURCES
         metafunc.parametrize("source_kind", kinds, indirect=True, scope="session")
 
 

@@ -161,6 +161,7 @@ def _mount_in_background(settings: MountSettings) -> None:
     from tierd.node.preflight import check_paths
     from tierd.runtime import private_dir
 
+    log.configure("warning", settings.log_format)
     checked = check_paths(settings)
     assert checked.state_dir is not None
     log_file = settings.log_file or private_dir(checked.state_dir, "state directory") / "daemon.log"
@@ -191,7 +192,7 @@ def umount(
 ) -> None:
     """Stop the daemon of MOUNTPOINT cleanly; clears a mount whose daemon is gone."""
     from tierd.node.preflight import detach, mount_at
-    from tierd.runtime import remove_record, resolve_mountpoint
+    from tierd.runtime import is_served, remove_record, resolve_mountpoint
 
     path = resolve_mountpoint(mountpoint)
     try:
@@ -206,7 +207,7 @@ def umount(
     os.kill(record.pid, 15)
     with _spinner(f"stopping process {record.pid}") as waiting:
         started = time.monotonic()
-        while Path(f"/proc/{record.pid}").exists() and not _is_zombie(record.pid):
+        while is_served(path):
             passed = time.monotonic() - started
             if passed > timeout:
                 raise DaemonError(
@@ -215,15 +216,6 @@ def umount(
                 )
             waiting(passed)
             time.sleep(0.05)
-
-
-def _is_zombie(pid: int) -> bool:
-    import psutil
-
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _fetch(mountpoint: Path | None, path: str, text: str) -> Any:

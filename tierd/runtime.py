@@ -6,6 +6,7 @@ Each mount has a runtime directory named after a hash of its mountpoint (socket 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from tierd.errors import UsageError
 
 _SOCKET = "admin.sock"
 _RECORD = "mount.json"
+_LOCK = "lock"
 _LINKS_MAX = 40
 
 
@@ -73,6 +75,11 @@ def socket_path(mountpoint: Path) -> Path:
     return runtime_dir(mountpoint) / _SOCKET
 
 
+def lock_path(mountpoint: Path) -> Path:
+    """The lock that the daemon of a mount holds."""
+    return runtime_dir(mountpoint) / _LOCK
+
+
 def private_dir(path: Path, what: str) -> Path:
     """Make `path` (and its parents) if missing and insist that it is ours alone (0700). Raises UsageError."""
     try:
@@ -99,12 +106,25 @@ def write_record(record: MountRecord) -> None:
 
 
 def remove_record(mountpoint: Path) -> None:
-    """Withdraw a daemon's record, its socket and the directory."""
+    """Withdraw a daemon's record and socket, and of a dead one the lock and the directory, too."""
     directory = runtime_dir(mountpoint)
-    for name in (_RECORD, _SOCKET):
+    leftovers = (_RECORD, _SOCKET) if is_served(mountpoint) else (_RECORD, _SOCKET, _LOCK)
+    for name in leftovers:
         (directory / name).unlink(missing_ok=True)
     if directory.exists() and not any(directory.iterdir()):
         directory.rmdir()
+
+
+def is_served(mountpoint: Path) -> bool:
+    """True if a daemon holds the lock of a mountpoint. (A process ID may be a zombie's, or used anew.)"""
+    try:
+        with lock_path(mountpoint).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def records() -> list[MountRecord]:
@@ -115,6 +135,6 @@ def records() -> list[MountRecord]:
             record = MountRecord(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             continue
-        if Path(f"/proc/{record.pid}").exists():
+        if is_served(Path(record.mountpoint)):
             found.append(record)
     return found

@@ -54,7 +54,8 @@ def test_version(house: House) -> None:
 def test_completion(house: House, shell: str) -> None:
     """The script completes `tierd`, and names a variable that a shell can set."""
     environment = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    done = house.python("--show-completion", shell, env=environment)
+    run = house.python if shell == "bash" else house.tierd
+    done = run("--show-completion", shell, env=environment)
     assert (done.code, done.err) == (0, "")
     assert "_TIERD_COMPLETE=" in done.out
     assert "tierd" in done.out

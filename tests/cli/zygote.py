@@ -20,9 +20,9 @@ import tierd.background
 import tierd.client
 import tierd.config
 import tierd.log
-import tierd.node.preflight
+import tierd.node.daemon
 
-PRELOADED = (typer.rich_utils, tierd.background, tierd.client, tierd.config, tierd.log, tierd.node.preflight)
+PRELOADED = (typer.rich_utils, tierd.background, tierd.client, tierd.config, tierd.log, tierd.node.daemon)
 
 
 def run(request: dict[str, Any], out: int, err: int) -> None:

@@ -18,7 +18,7 @@ from bench.juicefs import JuiceFS
 from tests.conftest import DirectoryFactory, MountFactory, Tree
 from tests.mounts import raises, wait_until
 
-SOURCES = ("directory", "juicefs", "daemon-reads")
+pytestmark = pytest.mark.sources("directory", "juicefs", "daemon-reads")
 
 ATTR_SECONDS = 1.0
 """The overlay's default for attributes and names; JuiceFS's is the same, and both may add up."""
@@ -57,7 +57,7 @@ def test_an_overwrite_of_equal_size_whose_time_was_put_back(tree: Tree) -> None:
 def test_a_file_that_grows_and_shrinks(tree: Tree, pause: float) -> None:
     """Sizes go up and down between opens; the kernel's old idea of the size must not cut a read short."""
     rng = random.Random(6)
-    for number in range(60):
+    for number in range(20 if tree.on_juicefs else 60):
         data = rng.randbytes(rng.choice([0, 1, 100, 4096, 5000, 200_000]))
         (tree.beneath / "file").write_bytes(data)
         time.sleep(pause)
@@ -159,7 +159,7 @@ class Rewriter:
 
 def opens(tree: Tree) -> int:
     """How often a torture test opens: JuiceFS takes ten times as long."""
-    return 200 if tree.on_juicefs else 500
+    return 100 if tree.on_juicefs else 500
 
 
 def test_readers_of_a_file_that_is_rewritten_in_place_all_the_time(tree: Tree) -> None:
@@ -179,26 +179,34 @@ def test_readers_of_a_file_that_is_rewritten_in_place_all_the_time(tree: Tree) -
 
 
 def test_readers_of_a_file_that_is_replaced_all_the_time(tree: Tree) -> None:
-    """Every open succeeds and reads one version, whole (JuiceFS 0.14 itself mixes versions at this pace)."""
+    """Every open succeeds and reads one version, whole (JuiceFS 0.14 itself mixes versions at this pace).
+
+    The kernel looks a name up again once per open; replaced twice in that millisecond, it is ESTALE (JuiceFS: or
+    ENOENT), as docs/SEMANTICS.md says: at this pace of 20 ms less than one open in 25.
+    """
     path = tree.beneath / "busy"
     path.write_bytes(b"\1" * 1000)
 
     def change(number: int) -> None:
         path.with_suffix(".new").write_bytes(bytes([number % 250 + 1]) * (1000 + number % 7))
         path.with_suffix(".new").rename(path)
+        time.sleep(0.02)
 
     def whole(data: bytes) -> bool:
         return tree.on_juicefs or (len(set(data)) == 1 and 1000 <= len(data) < 1007)
 
     rewriter = Rewriter(path, change)
     rewriter.against(4, opens(tree), tree.top / "busy", whole)
-    assert rewriter.wrong == []
+    again = [wrong for wrong in rewriter.wrong if "OSError(116" in wrong or "FileNotFoundError" in wrong]
+    assert rewriter.wrong == again
+    assert len(again) < opens(tree) / 25
     assert (tree.top / "busy").read_bytes() == path.read_bytes()
 
 
 # --- what is looked at without an open ---
 
 
+@pytest.mark.sources("directory", "juicefs")
 def test_names_that_go_and_come(tree: Tree) -> None:
     (tree.beneath / "file").write_bytes(b"one")
     assert (tree.top / "file").read_bytes() == b"one"
@@ -224,6 +232,7 @@ def test_opening_a_removed_file_fails_at_once(tree: Tree) -> None:
         (tree.top / "file").read_bytes()
 
 
+@pytest.mark.sources("directory", "juicefs")
 def test_directories_renamed_beneath(tree: Tree) -> None:
     (tree.beneath / "a/b").mkdir(parents=True)
     (tree.beneath / "a/b/file").write_bytes(b"x")
@@ -239,6 +248,7 @@ def test_directories_renamed_beneath(tree: Tree) -> None:
     assert (tree.beneath / "moved/b/second").read_bytes() == b"beside"
 
 
+@pytest.mark.sources("directory", "juicefs")
 def test_attributes_are_at_most_a_timeout_old(tree: Tree) -> None:
     path = tree.top / "file"
     (tree.beneath / "file").write_bytes(b"x")
@@ -253,6 +263,7 @@ def test_attributes_are_at_most_a_timeout_old(tree: Tree) -> None:
     )
 
 
+@pytest.mark.sources("directory", "juicefs")
 def test_listings_are_never_remembered(tree: Tree) -> None:
     for number in range(20):
         (tree.beneath / f"{number}").touch()
@@ -281,11 +292,11 @@ def other_node(juicefs_volume: JuiceFS, new_directory: DirectoryFactory) -> Iter
     juicefs_volume.umount(where)
 
 
-@pytest.fixture
-def nodes(juicefs: Path, other_node: Path, overlay_mount: MountFactory) -> Nodes:
+@pytest.fixture(scope="module")
+def nodes(juicefs: Path, other_node: Path, module_overlay_mount: MountFactory) -> Nodes:
     """A directory of the volume, on both nodes."""
-    (juicefs / "cluster").mkdir(exist_ok=True)
-    return Nodes(overlay_mount(juicefs / "cluster").mountpoint, other_node / "cluster")
+    (juicefs / "cluster").mkdir()
+    return Nodes(module_overlay_mount(juicefs / "cluster").mountpoint, other_node / "cluster")
 
 
 ROUNDS_PER_FILE = 2

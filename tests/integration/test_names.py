@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import MountFactory, Tree
+from tests.conftest import Tree
 from tests.mounts import raises
 
 _RENAME_NOREPLACE, _RENAME_EXCHANGE, _RENAME_WHITEOUT = 1, 2, 4
@@ -115,9 +115,9 @@ def test_exchanging_two_names(tree: Tree, kinds: tuple[str, str]) -> None:
     assert snapshot(over) == snapshot(tree.beneath / "over") == snapshot(under)
 
 
-def test_open_files_are_exchanged(overlay_mount: MountFactory) -> None:
-    mount = overlay_mount()
-    top = mount.mountpoint
+@pytest.mark.sources("directory")
+def test_open_files_are_exchanged(tree: Tree) -> None:
+    top = tree.top
     (top / "dir").mkdir()
     (top / "dir/inside").write_text("inside")
     (top / "file").write_text("file")
@@ -126,7 +126,7 @@ def test_open_files_are_exchanged(overlay_mount: MountFactory) -> None:
         assert (inside.read(), file.read()) == ("inside", "file")
         os.fchmod(file.fileno(), 0o611)
     assert snapshot(top) == {"dir": "file", "file": None, "file/inside": "inside"}
-    assert stat.S_IMODE((mount.source / "dir").stat().st_mode) == 0o611
+    assert stat.S_IMODE((tree.beneath / "dir").stat().st_mode) == 0o611
 
 
 def test_rename_flags_that_fuse_does_not_know(tree: Tree) -> None:
@@ -411,7 +411,7 @@ class Listing:
 
 
 def test_listings_can_be_rewound_and_resumed(tree: Tree) -> None:
-    count = tree.scaled(1000)
+    count = tree.scaled(800)
     for number in range(count):
         (tree.beneath / f"{number:03}").touch()
     listing = Listing(tree.top)
@@ -433,7 +433,7 @@ def test_listings_can_be_rewound_and_resumed(tree: Tree) -> None:
 
 
 def test_deleting_while_listing_neither_skips_nor_repeats(tree: Tree) -> None:
-    count = tree.scaled(1500)
+    count = tree.scaled(800)
     for number in range(count):
         (tree.beneath / f"{number:03}").touch()
     seen = []

@@ -113,9 +113,9 @@ def test_setgid_directories_pass_their_group_on(tree: Tree) -> None:
         assert mode(tree, f"over/{name}") == mode(tree, f"under/{name}"), name
 
 
-def test_setgid_directories_on_a_plain_source(overlay_mount: MountFactory) -> None:
-    mount = overlay_mount()
-    top = mount.mountpoint / "team"
+@pytest.mark.sources("directory")
+def test_setgid_directories_on_a_plain_source(tree: Tree) -> None:
+    top = tree.top / "team"
     top.mkdir()
     os.chown(top, 0, TEAM)
     top.chmod(0o2777)

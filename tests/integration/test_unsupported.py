@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.conftest import MountFactory, Tree
+from tests.conftest import Tree
 from tests.integration.test_names import outcome
 from tests.mounts import as_user
 
@@ -175,27 +175,27 @@ def test_table(tree: Tree, case: Case) -> None:
         os.close(fd)
 
 
-def test_changes_beneath_the_mount_are_not_notified(overlay_mount: MountFactory) -> None:
-    mount = overlay_mount()
+@pytest.mark.sources("directory")
+def test_changes_beneath_the_mount_are_not_notified(tree: Tree) -> None:
     notify = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        assert _libc.inotify_add_watch(notify, os.fsencode(mount.mountpoint), 0x100) > 0  # IN_CREATE
-        (mount.source / "beneath").touch()
+        assert _libc.inotify_add_watch(notify, os.fsencode(tree.top), 0x100) > 0  # IN_CREATE
+        (tree.beneath / "beneath").touch()
         assert outcome(os.read, notify, 4096) == "EAGAIN"
-        (mount.mountpoint / "through").touch()
+        (tree.top / "through").touch()
         assert b"through" in os.read(notify, 4096)
     finally:
         os.close(notify)
 
 
-def test_inode_numbers_are_the_mount_s_own_and_do_not_last(overlay_mount: MountFactory) -> None:
+@pytest.mark.sources("directory")
+def test_inode_numbers_are_the_mount_s_own_and_do_not_last(tree: Tree) -> None:
     """They identify a file only as long as the kernel remembers it; hard links are recognised meanwhile."""
-    mount = overlay_mount()
-    (mount.source / "file").touch()
-    before = (mount.mountpoint / "file").stat().st_ino
-    assert (mount.mountpoint / "file").stat().st_ino == before
-    assert mount.ledger_complaints() == []
-    assert (mount.mountpoint / "file").stat().st_ino != before
+    (tree.beneath / "file").touch()
+    before = (tree.top / "file").stat().st_ino
+    assert (tree.top / "file").stat().st_ino == before
+    assert tree.mount.ledger_complaints() == []
+    assert (tree.top / "file").stat().st_ino != before
 
 
 _ACL_USER_OBJ, _ACL_USER, _ACL_GROUP_OBJ, _ACL_MASK, _ACL_OTHER = 1, 2, 4, 16, 32
@@ -207,10 +207,10 @@ def access_list(*entries: tuple[int, int, int]) -> bytes:
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
-def test_access_lists_of_the_source_keep_out_whom_they_name(overlay_mount: MountFactory) -> None:
+@pytest.mark.sources("directory")
+def test_access_lists_of_the_source_keep_out_whom_they_name(tree: Tree) -> None:
     """The owning group has no rights by the list; the mode shows the mask in its place, which has."""
-    mount = overlay_mount()
-    path = mount.source / "file"
+    path = tree.beneath / "file"
     path.write_text("secret")
     os.chown(path, 0, 54321)
     acl = access_list(
@@ -223,13 +223,13 @@ def test_access_lists_of_the_source_keep_out_whom_they_name(overlay_mount: Mount
     os.setxattr(path, "system.posix_acl_access", acl)
     read = "print(open(sys.argv[1]).read())"
     assert as_user(12345, 54321, read, path) == "EACCES"
-    assert as_user(12345, 54321, read, mount.mountpoint / "file") == "EACCES"
+    assert as_user(12345, 54321, read, tree.top / "file") == "EACCES"
     assert as_user(999, 999, read, path) == "secret"
-    assert as_user(999, 999, read, mount.mountpoint / "file") == "secret"
+    assert as_user(999, 999, read, tree.top / "file") == "secret"
 
 
-def test_access_lists_are_set_and_inherited_through_the_mount(overlay_mount: MountFactory) -> None:
-    mount = overlay_mount()
+@pytest.mark.sources("directory")
+def test_access_lists_are_set_and_inherited_through_the_mount(tree: Tree) -> None:
     acl = access_list(
         (_ACL_USER_OBJ, 7, _NOBODY),
         (_ACL_USER, 6, 12345),
@@ -238,17 +238,17 @@ def test_access_lists_are_set_and_inherited_through_the_mount(overlay_mount: Mou
         (_ACL_OTHER, 0, _NOBODY),
     )
     read = "print(open(sys.argv[1]).read())"
-    directory, path = mount.mountpoint / "dir", mount.mountpoint / "file"
+    directory, path = tree.top / "dir", tree.top / "file"
     path.write_text("by name")
     path.chmod(0o600)
     assert as_user(12345, 1, read, path) == "EACCES"
     os.setxattr(path, "system.posix_acl_access", acl)
     assert as_user(12345, 1, read, path) == "by name"
-    assert path.stat().st_mode & 0o777 == (mount.source / "file").stat().st_mode & 0o777
+    assert path.stat().st_mode & 0o777 == (tree.beneath / "file").stat().st_mode & 0o777
     os.removexattr(path, "system.posix_acl_access")
     path.chmod(0o600)
     assert as_user(12345, 1, read, path) == "EACCES"
     directory.mkdir()
     os.setxattr(directory, "system.posix_acl_default", acl)
     (directory / "inside").touch()
-    assert os.getxattr(mount.source / "dir/inside", "system.posix_acl_access")
+    assert os.getxattr(tree.beneath / "dir/inside", "system.posix_acl_access")

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Reads:
 
     def __init__(self) -> None:
         self.targets: dict[int, ReadTarget] = {}
+        self.changed: list[int] = []
         self.offers = False
         self.backed: Counter[int] = Counter()
         self.passed_through: dict[int, int] = {}
@@ -44,6 +45,10 @@ class Reads:
         """The handle was released."""
         del self.targets[fh]
         self.passed_through.pop(fh, None)
+
+    def attributes_changed(self, node_id: int) -> None:
+        """The kernel would ask again."""
+        self.changed.append(node_id)
 
     def back(self, node_id: int, fd: int) -> int | None:
         """The backing of a node is its ID plus a thousand."""
@@ -70,8 +75,6 @@ class Bench:
     overlay: Overlay
     kernel: FakeKernel
     reads: Reads
-    changed: list[int] = field(default_factory=list)
-    """Node IDs whose attributes the kernel was told not to trust."""
     events_dropped: int = 0
 
     @property
@@ -89,17 +92,15 @@ def make_bench(beneath: Path, journal_capacity: int = JOURNAL_CAPACITY) -> Bench
     def drop() -> None:
         bench.events_dropped += 1
 
-    changed: list[int] = []
     reads = Reads()
     overlay = Overlay(
         PosixSource(beneath),
         Journal(journal_capacity),
         reads,
-        attributes_changed=changed.append,
         event_dropped=drop,
         now_ns=lambda: 42,
     )
-    bench = Bench(beneath, overlay, FakeKernel(overlay), reads, changed)
+    bench = Bench(beneath, overlay, FakeKernel(overlay), reads)
     return bench
 
 

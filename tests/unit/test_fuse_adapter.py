@@ -254,59 +254,6 @@ async def test_replies_wait_while_the_way_to_the_kernel_is_full(bench: Bench) ->
     assert full == []
 
 
-# --- the notifier ---
-
-
-class Kernel:
-    """Takes notifications, and may be slow or refuse them."""
-
-    def __init__(self) -> None:
-        self.told: list[int] = []
-        self.error: Exception | None = None
-
-    def take(self, node_id: int) -> None:
-        if self.error is not None:
-            raise self.error
-        self.told.append(node_id)
-
-
-def test_notifications_arrive_in_order_and_stop_ends_the_thread() -> None:
-    kernel = Kernel()
-    notifier = fuse.Notifier(kernel.take)
-    for node_id in range(2, 50):
-        notifier.attributes_changed(node_id)
-    notifier.start()
-    notifier.stop()
-    notifier._thread.join(20)
-    assert not notifier._thread.is_alive()
-    assert kernel.told == list(range(2, 50))
-    assert notifier.dropped == 0
-
-
-def test_more_notifications_than_fit_are_dropped_and_counted() -> None:
-    notifier = fuse.Notifier(Kernel().take)
-    for node_id in range(5000):
-        notifier.attributes_changed(node_id)
-    assert notifier.dropped == 5000 - 4096
-    with capture_logs() as logs:
-        notifier.stop()
-    assert [line["event"] for line in logs] == ["notifications_left"]
-
-
-@pytest.mark.parametrize(("number", "logged"), [(errno.ENOENT, []), (errno.EINVAL, ["notification_failed"] * 2)])
-def test_a_refused_notification_is_not_the_end(number: int, logged: list[str]) -> None:
-    kernel = Kernel()
-    kernel.error = OSError(number, os.strerror(number))
-    notifier = fuse.Notifier(kernel.take)
-    notifier.attributes_changed(5)
-    notifier.attributes_changed(6)
-    with capture_logs() as logs:
-        notifier.start()
-        notifier.stop()
-        notifier._thread.join(20)
-    assert [line["event"] for line in logs] == logged
-
-
 def test_only_one_module_imports_pyfuse3() -> None:
     package = Path(fuse.__file__).parents[1]
     importers = {path.name for path in package.rglob("*.py") if "import pyfuse3" in path.read_text(encoding="utf-8")}

@@ -6,6 +6,7 @@ changes anything is reachable over TCP.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -31,12 +32,12 @@ Answer = Callable[["Request"], Awaitable[Json]]
 def admin_app(status: Callable[[], Json], models: Answer, opens: Answer) -> Starlette:
     """The app behind the unix socket."""
     from starlette.applications import Starlette
-    from starlette.responses import JSONResponse
+    from starlette.responses import Response
     from starlette.routing import Route
 
     def route(path: str, answer: Answer) -> Route:
         async def endpoint(request: Request) -> Response:
-            return JSONResponse(await answer(request))
+            return Response(json.dumps(await answer(request)), media_type="application/json")
 
         return Route(path, endpoint)
 

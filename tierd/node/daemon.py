@@ -80,6 +80,8 @@ class Daemon:
             calm_garbage_collector()
             os.umask(0)
             preflight.raise_descriptor_limit()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # what holds again once `_watch_signals` has ended
             try:
                 trio.run(self._serve)
             except BaseExceptionGroup as group:
@@ -132,12 +134,10 @@ class Daemon:
 
     def _connect(self) -> None:
         """Build what stands between the seam and the source."""
-        self.notifier = fuse.Notifier(self.seam.attributes_changed)
         self.overlay = Overlay(
             self.source,
             self.journal,
             self.seam,
-            attributes_changed=self.notifier.attributes_changed,
             event_dropped=self.metrics.event_dropped,
         )
         operations = fuse.FuseOperations(
@@ -157,7 +157,6 @@ class Daemon:
             await self._await_mount()
             self._check_passthrough()
             tune_mount(self.settings.mountpoint, self.settings.read_ahead_kib)
-            self.notifier.start()
             nursery.start_soon(keep_running, "recorder", self.recorder.run)
             self._start_admin(nursery)
             write_record(self._record())
@@ -165,7 +164,6 @@ class Daemon:
             self._ready()
             await self._stop.wait()
             nursery.cancel_scope.deadline = trio.current_time() + _STOP_SECONDS
-            self.notifier.stop()
             fuse.stop()
             await self._requests_done.wait()
             nursery.cancel_scope.cancel()
@@ -276,7 +274,6 @@ class Daemon:
             "counters": {
                 **self.metrics.totals(),
                 "nodes_retired": self.overlay.retired,
-                "notifications_dropped": self.notifier.dropped,
                 "backings_refused": self.seam.backings.refused,
             },
             "queues": {what: int(depth()) for what, depth in self._depths().items()},

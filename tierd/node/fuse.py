@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -52,7 +50,6 @@ OPERATIONS = (
 
 REQUESTS_MAX = 512
 """Requests that may be in work at once; more wait in the kernel."""
-_NOTIFICATIONS_MAX = 4096
 _CONGESTED_SECONDS = 0.0005
 
 
@@ -277,46 +274,6 @@ class FuseOperations(pyfuse3.Operations):
         attributes.st_mtime_ns = st.st_mtime_ns
         attributes.st_ctime_ns = st.st_ctime_ns
         return attributes
-
-
-class Notifier:
-    """Tells the kernel what not to trust any longer, from a thread of its own: notifications may block.
-
-    At most `_NOTIFICATIONS_MAX` wait; more are dropped and counted, and the attribute timeout does
-    their work a little later.
-    """
-
-    def __init__(self, send: Callable[[int], None]) -> None:
-        self._send = send
-        self._queue: queue.Queue[int | None] = queue.Queue(_NOTIFICATIONS_MAX)
-        self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
-        self.dropped = 0
-
-    def start(self) -> None:
-        """Start the thread; the mount must exist."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Let the thread end after what is queued; never waits."""
-        try:
-            self._queue.put_nowait(None)
-        except queue.Full:
-            log.warning("notifications_left", queued=self._queue.qsize())
-
-    def attributes_changed(self, node_id: int) -> None:
-        """The kernel must ask again for the attributes of a node. Never blocks."""
-        try:
-            self._queue.put_nowait(node_id)
-        except queue.Full:
-            self.dropped += 1
-
-    def _run(self) -> None:
-        while (node_id := self._queue.get()) is not None:
-            try:
-                self._send(node_id)
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    log.warning("notification_failed", node_id=node_id, reason=str(error))
 
 
 def attach(operations: FuseOperations, seam: Seam) -> None:

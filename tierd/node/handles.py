@@ -9,6 +9,7 @@ because closing a file on a stalled network file system may block.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -16,36 +17,51 @@ from types import TracebackType
 
 from tierd.node.inodes import InodeTable, Node
 from tierd.node.seam import ReadTarget
-from tierd.node.sources import Moved, PosixSource, Ref
+from tierd.node.sources import PosixSource, Ref
 
 
-class FileHandle:
-    """One open file. `recorded_path` is what its open was recorded under, and its close must be; None if it was not."""
+class Handle:
+    """What is open of a node. `uses` counts requests that use `fd` beside the handle's own."""
 
-    __slots__ = ("backed", "closing", "dirty", "fd", "fh", "node", "recorded_path", "target", "uses", "writable")
-
-    def __init__(self, fh: int, node: Node, fd: int, writable: bool) -> None:
-        self.fh = fh
-        self.node = node
-        self.fd = fd
-        self.writable = writable
-        self.target = ReadTarget(fd)
-        self.recorded_path: bytes | None = None
-        self.backed = False
-        self.dirty = False
-        self.uses = 0
-        self.closing = False
-
-
-class DirHandle:
-    """One open directory: the listing it was opened with, and how many entries fit in the last reply."""
-
-    __slots__ = ("fd", "fh", "names", "node", "reply_size")
+    __slots__ = ("closing", "fd", "fh", "node", "uses")
 
     def __init__(self, fh: int, node: Node, fd: int) -> None:
         self.fh = fh
         self.node = node
         self.fd = fd
+        self.uses = 0
+        self.closing = False
+        node.handles = [*(node.handles or ()), self]
+
+    def leave(self) -> None:
+        """The node no longer counts this handle among its open ones."""
+        self.node.handles = [other for other in self.node.handles or () if other is not self] or None
+
+
+class FileHandle(Handle):
+    """One open file. `recorded_path` is what its open was recorded under, and its close must be; None if it was not.
+
+    `dirty`: something was written through it; `backed`: the kernel reads by itself (passthrough).
+    """
+
+    __slots__ = ("backed", "dirty", "recorded_path", "target", "writable")
+
+    def __init__(self, fh: int, node: Node, fd: int, writable: bool) -> None:
+        super().__init__(fh, node, fd)
+        self.writable = writable
+        self.target = ReadTarget(fd)
+        self.recorded_path: bytes | None = None
+        self.backed = False
+        self.dirty = False
+
+
+class DirHandle(Handle):
+    """One open directory: the listing it was opened with, and how many entries fit in the last reply."""
+
+    __slots__ = ("names", "reply_size")
+
+    def __init__(self, fh: int, node: Node, fd: int) -> None:
+        super().__init__(fh, node, fd)
         self.names: list[bytes] = []
         self.reply_size = 24
         """First guess: a 4 KiB reply holds about that many READDIRPLUS entries."""
@@ -100,7 +116,10 @@ class DirCache:
         return len(self._fds)
 
     def hold(self, node: Node) -> _Hold:
-        """A descriptor to resolve names of directory `node` in, for the length of an `async with`. Raises Moved."""
+        """A descriptor to resolve names of directory `node` in, for the length of an `async with`.
+
+        Raises Moved if it is not where it was, FileNotFoundError if it was removed.
+        """
         return _Hold(self, node)
 
     def peek(self, node: Node) -> _DirFd | None:
@@ -122,7 +141,7 @@ class DirCache:
         while (entry := self.peek(at)) is None:
             missing.append(at)
             if at.parent is None:
-                raise Moved
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             at = at.parent
         for child in reversed(missing):
             try:

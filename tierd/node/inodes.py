@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tierd.node.sources import Key, Moved, Version
 
 if TYPE_CHECKING:
-    from tierd.node.handles import FileHandle
+    from tierd.node.handles import Handle
 
 ROOT_ID = 1
 _OTHER_NAMES_MAX = 64
@@ -51,7 +51,7 @@ class Node:
         self.version: int | None = None
         self.dirty = 0
         self.backed = 0
-        self.handles: list[FileHandle] | None = None
+        self.handles: list[Handle] | None = None
         self.retired = False
         self.young_until = 0.0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, TypeVarTuple
 import trio
 
 from tierd.node.caller import pod_of
-from tierd.node.handles import DirCache, DirHandle, FileHandle
+from tierd.node.handles import DirCache, DirHandle, FileHandle, Handle
 from tierd.node.inodes import ROOT_ID, InodeTable, Node, pack
 from tierd.node.journal import Closed, Journal, Opened
 from tierd.node.seam import ReadTarget
@@ -47,7 +48,7 @@ Ts = TypeVarTuple("Ts")
 
 _METADATA_THREADS = 16
 _DATA_THREADS = 16
-_YOUNG_SECONDS = 5.0
+_YOUNG_SECONDS = 2.0
 """How long a node that replaced a retired one is not itself retired: the kernel looks a name up again only
 once per open (open(2) fails with ESTALE the second time), so a file that changes all the time must settle."""
 _READDIR_BATCH_MAX = 512
@@ -86,6 +87,9 @@ class ReadPath(Protocol):
     def stop_reads(self, fh: int) -> None:
         """The handle was released."""
 
+    def attributes_changed(self, node_id: int) -> None:
+        """The kernel must ask for the attributes again, its size above all. May block."""
+
     def back(self, node_id: int, fd: int) -> int | None:
         """A passthrough backing for one more open of a node; None if there shall be none."""
 
@@ -99,8 +103,7 @@ class ReadPath(Protocol):
 class Overlay:
     """See the module.
 
-    `attributes_changed` is called with a node ID whose attributes the kernel should not trust any
-    longer, `event_dropped` when the journal was full; `now_ns` is the wall clock accesses are recorded with.
+    `event_dropped` is called when the journal was full; `now_ns` is the wall clock accesses are recorded with.
     """
 
     def __init__(
@@ -109,7 +112,6 @@ class Overlay:
         journal: Journal,
         reads: ReadPath,
         *,
-        attributes_changed: Callable[[int], None],
         event_dropped: Callable[[], None],
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -126,7 +128,6 @@ class Overlay:
         self._next_fh = 1
         self.retired = 0
         """Nodes retired because their content changed beneath the mount."""
-        self._attributes_changed = attributes_changed
         self._event_dropped = event_dropped
 
     # --- running blocking calls ---
@@ -139,10 +140,15 @@ class Overlay:
 
     async def _on_node(self, node: Node, function: Callable[..., T], *args: Any) -> T:
         """Run `function(ref, *args)` on the inode, through an open handle or the first name that still means it."""
-        if node.handles:
-            handle = node.handles[-1]
-            with self._using(handle):
-                return await self._run(function, Ref(handle.fd, None, node.key), *args)
+        return await (self._by_handle if node.handles else self._by_name)(node, function, *args)
+
+    async def _by_handle(self, node: Node, function: Callable[..., T], *args: Any) -> T:
+        assert node.handles
+        handle = node.handles[-1]
+        with self._using(handle):
+            return await self._run(function, Ref(handle.fd, None, node.key), *args)
+
+    async def _by_name(self, node: Node, function: Callable[..., T], *args: Any) -> T:
         if node is self.inodes.root:
             return await self._run(function, Ref(self.source.root_fd, None, node.key), *args)
         while node.parent is not None:
@@ -155,7 +161,7 @@ class Overlay:
         raise Moved
 
     @contextmanager
-    def _using(self, handle: FileHandle) -> Iterator[None]:
+    def _using(self, handle: Handle) -> Iterator[None]:
         handle.uses += 1
         try:
             yield
@@ -177,10 +183,19 @@ class Overlay:
         return Entry(self._count(parent, name, st).id, st)
 
     def _count(self, parent: Node, name: bytes, st: os.stat_result) -> Node:
-        node = self.inodes.seen(parent, name, self.source.key(st))
+        key, version = self.source.key(st), pack(version_of(st))
+        known = self.inodes.by_key(key)
+        if known is not None and not known.handles and known.version not in (None, version):
+            self._retire_changed(known, st)
+        node = self.inodes.seen(parent, name, key)
         if node.version is None:
-            node.version = pack(version_of(st))
+            node.version = version
         return node
+
+    def _retire_changed(self, node: Node, st: os.stat_result) -> None:
+        """A regular file that changed while nobody had it open, or another one that got the same inode number."""
+        if stat.S_ISREG(st.st_mode) and trio.current_time() >= node.young_until:
+            self._retire(node)
 
     def forget(self, node_id: int, count: int) -> None:
         """The kernel forgot `count` lookups. Never raises."""
@@ -282,9 +297,14 @@ class Overlay:
     # --- files ---
 
     async def open(self, node_id: int, flags: int, caller: Caller) -> OpenedFile:
-        """Open a file. Raises ESTALE when the content changed beneath: the kernel then looks the name up again."""
+        """Open a file. Raises ESTALE when the content changed beneath: the kernel then looks the name up again.
+
+        The name is asked even if the inode is open already: it may mean another file by now.
+        """
         node = self.inodes.get(node_id)
-        fd, version, pod = await self._on_node(node, self._open_blocking, flags, caller.pid)
+        unlinked = node.parent is None and node.handles
+        reach = self._by_handle if unlinked else self._by_name
+        fd, version, pod = await reach(node, self._open_blocking, flags, caller.pid)
         packed = pack(version)
         young = trio.current_time() < node.young_until
         changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
@@ -295,7 +315,7 @@ class Overlay:
             await self._run(os.close, fd)
             raise Moved
         if changed:
-            self._attributes_changed(node_id)
+            await self._run(self._reads.attributes_changed, node_id)
         if not node.dirty or flags & os.O_TRUNC:
             node.version = packed
         handle = self._new_handle(node, fd, flags, caller.uid, pod)
@@ -331,7 +351,6 @@ class Overlay:
         handle = FileHandle(self._fh(), node, fd, access != os.O_RDONLY)
         self.files[handle.fh] = handle
         self._reads.serve_reads(handle.fh, handle.target)
-        node.handles = [*(node.handles or ()), handle]
         if access != os.O_WRONLY:
             self._record_open(handle, uid, pod)
         return handle
@@ -408,7 +427,7 @@ class Overlay:
             self._reads.unback(handle.node.id)
         node = handle.node
         version = await self._run_data(_final_version, handle.fd) if handle.dirty else None
-        node.handles = [other for other in node.handles or () if other is not handle] or None
+        handle.leave()
         if handle.dirty:
             node.dirty -= 1
             if node.dirty == 0:
@@ -475,7 +494,10 @@ class Overlay:
     async def releasedir(self, fh: int) -> None:
         """Close a listing."""
         handle = self.listings.pop(fh)
-        await self._run(os.close, handle.fd)
+        handle.leave()
+        handle.closing = True
+        if handle.uses == 0:
+            await self._run(os.close, handle.fd)
 
     async def fsyncdir(self, fh: int) -> None:
         """Make names in a directory durable on the source."""

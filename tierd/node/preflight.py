@@ -7,8 +7,9 @@ import fcntl
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,7 +19,10 @@ import structlog
 
 from tierd.config import MountSettings, host_port
 from tierd.errors import UsageError
-from tierd.runtime import default_state_dir, private_dir, runtime_dir
+from tierd.runtime import default_state_dir, is_served, lock_path, private_dir, resolve_mountpoint, runtime_dir
+
+_LOCK_TRIES = 5
+_LOCK_PAUSE_SECONDS = 0.02
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +61,7 @@ def mount_at(mountpoint: Path) -> Mount | None:
 def check_paths(settings: MountSettings) -> MountSettings:
     """The settings with absolute, resolved paths and a state directory. Raises UsageError."""
     source = _existing_dir(settings.source, "source", "mount JuiceFS there first")
-    _revive(absolute(settings.mountpoint))
+    _revive(resolve_mountpoint(settings.mountpoint))
     mountpoint = _existing_dir(settings.mountpoint, "mountpoint", f"mkdir -p {settings.mountpoint}")
     if source == mountpoint or source.is_relative_to(mountpoint):
         raise UsageError(
@@ -100,12 +104,14 @@ def _existing_dir(path: Path, what: str, hint: str) -> Path:
 
 
 def _revive(mountpoint: Path) -> None:
-    """Clear away what a killed daemon of ours left: a tierd mount that answers ENOTCONN."""
+    """Clear away what a killed daemon of ours left: a tierd mount that answers ENOTCONN (statfs(2) is never cached)."""
+    found = mount_at(mountpoint)
+    if found is None or found.fstype != "fuse.tierd" or is_served(mountpoint):
+        return
     try:
-        mountpoint.stat()
+        os.statvfs(mountpoint)
     except OSError as error:
-        dead = mount_at(mountpoint)
-        if error.errno == errno.ENOTCONN and dead is not None and dead.fstype == "fuse.tierd":
+        if error.errno == errno.ENOTCONN:
             log.warning("dead_mount_cleared", mountpoint=str(mountpoint))
             detach(mountpoint)
 
@@ -128,29 +134,41 @@ def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[None]:
     runtime = private_dir(runtime_dir(mountpoint), "runtime directory")
     with (
         _lock(state / "lock", f"state directory {state}"),
-        _lock(runtime / "lock", f"mountpoint {mountpoint}"),
+        _lock(lock_path(mountpoint), f"mountpoint {mountpoint}"),
     ):
-        yield
-        (runtime / "lock").unlink()
+        try:
+            yield
+        finally:
+            lock_path(mountpoint).unlink()
+            with suppress(OSError):  # not empty: something of somebody else's
+                runtime.rmdir()
 
 
 @contextmanager
 def _lock(path: Path, what: str) -> Iterator[None]:
     file: IO[str]
     with path.open("a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(file):
             file.seek(0)
             owner = file.read(32).strip() or "unknown"
             raise UsageError(
                 f"{what} is in use by another tierd (process {owner})",
                 hint="stop that one, or choose another",
-            ) from None
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Take the lock; a client that only looks whether it is taken (`runtime.is_served`) is waited for."""
+    for _ in range(_LOCK_TRIES):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(_LOCK_PAUSE_SECONDS)
+    return False
 
 
 def listen(address: str) -> socket.socket:

@@ -65,6 +65,8 @@ _NOTIFY_INVAL_INODE = 2
 _SPLICE_FLAGS = (1 << 7) | (1 << 8) | (1 << 9)
 """libfuse would splice from its device, which a socket of packets does not allow."""
 _FOPEN_KEEP_CACHE, _FOPEN_NOFLUSH, _FOPEN_PASSTHROUGH = 1 << 1, 1 << 5, 1 << 7
+_ATOMIC_O_TRUNC = 1 << 3
+"""Not taken: without it the kernel truncates by SETATTR and takes setuid bits away as for any other writer."""
 _INIT_EXT = 1 << 30
 _INIT2_PASSTHROUGH = 1 << (37 - 32)
 _STACK_DEPTH = 2
@@ -316,6 +318,7 @@ class Seam:
         """Put our limits into the reply to INIT; a WRITE must fit into the socket with room to spare."""
         page = os.sysconf("SC_PAGE_SIZE")
         fields = list(_INIT_OUT.unpack_from(buffer, _OUT_HEADER.size))
+        fields[3] &= ~_ATOMIC_O_TRUNC
         fields[4:6] = MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4
         fields[6] = max(page, min(fields[6], READ_BYTES_MAX, self._room // 4) // page * page)
         fields[8] = max(1, READ_BYTES_MAX // page)
