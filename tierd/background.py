@@ -24,19 +24,11 @@ def start(arguments: Sequence[str], log_file: Path, waiting: Callable[[float], N
     Its standard error stays ours until then, so its one-line complaint is seen. `waiting` is called
     with the seconds passed. Raises DaemonError with the child's exit code if it ends early.
     """
+    command, *rest = arguments
     reader, writer = os.pipe()
     try:
         child = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tierd",
-                *arguments,
-                READY_FD_OPTION,
-                str(writer),
-                "--log-file",
-                str(log_file),
-            ],
+            [sys.executable, "-m", "tierd", command, READY_FD_OPTION, str(writer), "--log-file", str(log_file), *rest],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(writer,),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,8 +16,8 @@ from urllib.parse import urlencode
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tierd import __version__, background, client, log
 from tierd.config import MountSettings, load
@@ -32,8 +34,13 @@ app = typer.Typer(
     epilog="Every option of `mount` can also be set as TIERD_NAME in the environment or as `name: value` in a"
     " YAML file (--config); flags win over environment, environment over the file.",
 )
-_out = Console()
-_err = Console(stderr=True)
+_out = Console(emoji=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 512)
+"""Into a pipe, names are not cut off to fit a terminal."""
+_err = Console(stderr=True, emoji=False)
+_WrongCall: Any = typer.BadParameter.__mro__[2]
+"""What the parser raises for any wrong call: the base of UsageError, which typer does not export by name."""
+_INTERRUPTED = 130
+_TICK_SECONDS = 0.1
 
 _Mountpoint = Annotated[
     Path | None, typer.Argument(help="Which mount; may be left out if there is only one.", show_default=False)
@@ -44,14 +51,31 @@ _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with stable ke
 def main() -> None:
     """Entry point: user errors become one line, a hint and an exit code."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(prog_name="tierd", standalone_mode=False))
     except background.StartFailed as error:
         sys.exit(error.code)
     except TierdError as error:
-        _err.print(f"[bold red]tierd:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        if error.hint:
-            _err.print(f"[dim]hint:[/] {escape(error.hint)}", highlight=False, soft_wrap=True)
+        _complain(str(error), error.hint)
         sys.exit(error.exit_code)
+    except _WrongCall as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "tierd"
+        _complain(error.format_message(), f"`{command} --help` explains it")
+        sys.exit(UsageError.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(_INTERRUPTED)
+
+
+def _complain(message: str, hint: str) -> None:
+    _say(_err, message, "tierd: ")
+    if hint:
+        _say(_err, hint, "hint: ")
+
+
+def _say(console: Console, text: str, label: str = "") -> None:
+    """One line, however long; nothing in it is markup."""
+    line = Text.assemble((label, "bold"), _printable(text))
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
@@ -70,8 +94,12 @@ def _root(
 
 @app.command()
 def mount(
-    source: Annotated[Path, typer.Argument(help="The JuiceFS mount (or any directory) to lay the overlay over.")],
-    mountpoint: Annotated[Path, typer.Argument(help="Where pods shall see it; must exist, outside of SOURCE.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="The JuiceFS mount (or any directory) to lay the overlay over.")
+    ],
+    mountpoint: Annotated[
+        str, typer.Argument(metavar="MOUNTPOINT", help="Where pods shall see it; must exist, outside of SOURCE.")
+    ],
     background_: Annotated[
         bool, typer.Option("--background", help="Return once the mount answers; `tierd umount` ends it.")
     ] = False,
@@ -79,7 +107,7 @@ def mount(
         Path | None, typer.Option(envvar="TIERD_CONFIG", help="YAML file with settings.", show_default=False)
     ] = None,
     state_dir: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Index and log of this mount. [dim]Default: /var/lib/tierd/…, or below ~/.local/state[/]"),
     ] = None,
     models_root: Annotated[
@@ -134,7 +162,7 @@ def mount(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [dim]Default: info[/]")] = None,
     log_format: Annotated[str | None, typer.Option(help="auto, console or json. [dim]Default: auto[/]")] = None,
     log_file: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Log there, rotated. [dim]Default: stderr; with --background STATE/daemon.log[/]"),
     ] = None,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -153,22 +181,26 @@ def mount(
 def _serve(settings: MountSettings, ready_fd: int | None) -> None:
     from tierd.node.daemon import Daemon
 
-    log.configure(settings.log_level, settings.log_format, settings.log_file)
-    Daemon(settings, ready=lambda: background.tell_ready(ready_fd) if ready_fd is not None else None).run()
+    log.configure("error" if ready_fd is not None else settings.log_level, settings.log_format)
+    Daemon(
+        settings,
+        start_log=lambda: log.configure(settings.log_level, settings.log_format, settings.log_file),
+        ready=lambda: background.tell_ready(ready_fd) if ready_fd is not None else None,
+    ).run()
 
 
 def _mount_in_background(settings: MountSettings) -> None:
-    from tierd.node.preflight import check_paths
-    from tierd.runtime import private_dir
+    from tierd.node.preflight import check_paths, warn_if_hiding
 
     log.configure("warning", settings.log_format)
     checked = check_paths(settings)
+    warn_if_hiding(checked.mountpoint)
     assert checked.state_dir is not None
-    log_file = settings.log_file or private_dir(checked.state_dir, "state directory") / "daemon.log"
+    log_file = settings.log_file or checked.state_dir / "daemon.log"
     arguments = [a for a in sys.argv[1:] if a != "--background"]
     with _spinner(f"mounting {checked.mountpoint}") as waiting:
         pid = background.start(arguments, log_file, waiting)
-    _out.print(f"mounted {checked.source} at {checked.mountpoint} (process {pid}, log {log_file})", highlight=False)
+    _say(_out, f"mounted {checked.source} at {checked.mountpoint} (process {pid}, log {log_file})")
 
 
 @contextmanager
@@ -192,7 +224,7 @@ def umount(
 ) -> None:
     """Stop the daemon of MOUNTPOINT cleanly; clears a mount whose daemon is gone."""
     from tierd.node.preflight import detach, mount_at
-    from tierd.runtime import is_served, remove_record, resolve_mountpoint
+    from tierd.runtime import remove_record, resolve_mountpoint
 
     path = resolve_mountpoint(mountpoint)
     try:
@@ -204,10 +236,11 @@ def umount(
         detach(path)
         remove_record(path)
         return
-    os.kill(record.pid, 15)
+    process = os.pidfd_open(record.pid)  # readable once the process has ended, pidfd_open(2)
+    os.kill(record.pid, signal.SIGTERM)
     with _spinner(f"stopping process {record.pid}") as waiting:
         started = time.monotonic()
-        while is_served(path):
+        while not select.select([process], [], [], _TICK_SECONDS)[0]:
             passed = time.monotonic() - started
             if passed > timeout:
                 raise DaemonError(
@@ -215,7 +248,7 @@ def umount(
                     hint="see its log; kill it if it hangs",
                 )
             waiting(passed)
-            time.sleep(0.05)
+    os.close(process)
 
 
 def _fetch(mountpoint: Path | None, path: str, text: str) -> Any:
@@ -235,7 +268,7 @@ def status(mountpoint: _Mountpoint = None, as_json: _AsJson = False) -> None:
         return
     table = Table(show_header=False, box=None)
     for key, value in told.items():
-        table.add_row(f"[bold]{key}[/]", escape(_printable(_flat(value))))
+        table.add_row(Text(key, "bold"), Text(_printable(_flat(value))))
     _out.print(table)
 
 
@@ -258,7 +291,7 @@ def models(mountpoint: _Mountpoint = None, as_json: _AsJson = False) -> None:
     for row in found:
         size = "gone" if row["size_bytes"] is None else human_bytes(row["size_bytes"])
         counts = (str(row[key]) for key in ("opens", "loads", "hits"))
-        table.add_row(escape(_printable(row["model"])), size, *counts, row["last_access"] or "never")
+        table.add_row(Text(_printable(row["model"])), size, *counts, row["last_access"] or "never")
     _out.print(table)
 
 
@@ -284,7 +317,7 @@ def opens(
             str(row["uid"]),
             row["pod"] or "",
         )
-        table.add_row(*(escape(cell) for cell in cells))
+        table.add_row(*(Text(cell) for cell in cells))
     _out.print(table)
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 import structlog
 
+from tierd.errors import UsageError
+
 _FILE_BYTES_MAX = 10 * 1024 * 1024
 _FILES_KEPT = 3
 
@@ -25,13 +27,7 @@ def configure(
     if file is None:
         handler = logging.StreamHandler(sys.stderr)
     else:
-        handler = logging.handlers.RotatingFileHandler(
-            file,
-            maxBytes=_FILE_BYTES_MAX,
-            backupCount=_FILES_KEPT,
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
+        handler = _rotating(file)
     people = style == "console" or (style == "auto" and file is None and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -65,3 +61,12 @@ def configure(
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def _rotating(file: Path) -> logging.Handler:
+    try:
+        return logging.handlers.RotatingFileHandler(
+            file, maxBytes=_FILE_BYTES_MAX, backupCount=_FILES_KEPT, encoding="utf-8", errors="backslashreplace"
+        )
+    except OSError as error:
+        raise UsageError(f"log file {file}: {error.strerror}", hint="choose another with --log-file") from None

@@ -40,7 +40,8 @@ def _slug(mountpoint: Path) -> str:
 def resolve_mountpoint(path: Path) -> Path:
     """The path a mountpoint was mounted by, found without asking the mount itself (its daemon may hang)."""
     for _ in range(_LINKS_MAX):
-        path = Path(os.path.realpath(path.absolute().parent)) / os.path.basename(os.path.abspath(path))
+        path = Path(os.path.abspath(path))
+        path = Path(os.path.realpath(path.parent)) / path.name
         try:
             target = os.readlink(path)
         except OSError:
@@ -81,16 +82,20 @@ def lock_path(mountpoint: Path) -> Path:
 
 
 def private_dir(path: Path, what: str) -> Path:
-    """Make `path` (and its parents) if missing and insist that it is ours alone (0700). Raises UsageError."""
+    """Make `path` (and its parents) if missing and insist that it is ours alone (0700). Raises UsageError.
+
+    A directory that was there before must be empty, or hold the lock that tells it is a daemon's.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
         if found.st_uid != os.geteuid():
             raise UsageError(f"{what} {path} belongs to user {found.st_uid}", hint="choose another directory")
-        if stat.S_IMODE(found.st_mode) & 0o077:
-            path.chmod(0o700)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(13, "not writable")
+        if stat.S_IMODE(found.st_mode) & 0o022:
+            raise UsageError(f"{what} {path} is writable for other users", hint="choose another directory")
+        if any(path.iterdir()) and not (path / _LOCK).exists():
+            raise UsageError(f"{what} {path} holds files of somebody else's", hint="choose an empty directory")
+        path.chmod(0o700)
     except OSError as error:
         reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror
         raise UsageError(f"{what} {path}: {reason}", hint="choose a writable directory") from None

@@ -26,6 +26,5 @@ def house(scratch: Path) -> Iterator[House]:
     """One namespace for all tests that leave nothing behind in it."""
     home = scratch / "home"
     home.mkdir()
-    made = House(home)
-    yield made
-    made.close()
+    with House(home) as made:
+        yield made

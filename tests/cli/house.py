@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from tests.mounts import COMMAND_SECONDS, REPOSITORY, environment, wait_for_exit
 from tierd.runtime import runtime_dir
 
-_SETUP = "mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && echo ready && exec sleep infinity"
+_SETUP = "mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && echo ready && exec cat"
 _CHANGE_DIRECTORY = 'cd "$1" && shift && exec "$@"'
 
 
@@ -50,12 +49,13 @@ class House:
     def __init__(self, home: Path) -> None:
         self.home = home
         self._holder = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", _SETUP], stdout=subprocess.PIPE
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", _SETUP],
+            stdin=subprocess.PIPE,  # its end, whatever becomes of us, is the holder's
+            stdout=subprocess.PIPE,
         )
         assert self._holder.stdout is not None
         assert self._holder.stdout.readline() == b"ready\n", "a mount namespace needs root"
         self._zygote: subprocess.Popen[bytes] | None = None
-        self._one_at_a_time = threading.Lock()
 
     def inside(self, path: Path | str) -> Path:
         """Where a path of the namespace is seen from outside."""
@@ -106,13 +106,12 @@ class House:
             "cwd": str(cwd or self.home),
             "seconds": seconds,
         }
-        with self._one_at_a_time:
-            pipe = self._zygote = self._zygote or self._start_zygote()
-            assert pipe.stdin is not None
-            assert pipe.stdout is not None
-            pipe.stdin.write(json.dumps(request).encode() + b"\n")
-            pipe.stdin.flush()
-            answer = json.loads(pipe.stdout.readline())
+        pipe = self._zygote = self._zygote or self._start_zygote()
+        assert pipe.stdin is not None
+        assert pipe.stdout is not None
+        pipe.stdin.write(json.dumps(request).encode() + b"\n")
+        pipe.stdin.flush()
+        answer = json.loads(pipe.stdout.readline())
         return Done.of(answer["code"], answer["out"].encode("latin-1"), answer["err"].encode("latin-1"))
 
     def _start_zygote(self) -> subprocess.Popen[bytes]:
@@ -158,6 +157,12 @@ class House:
             wait_for_exit(pidfd, f"process {pid} ends")
         finally:
             os.close(pidfd)
+
+    def __enter__(self) -> House:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End every daemon that is left, and the namespace with the last process in it."""

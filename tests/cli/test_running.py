@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +62,6 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(scratch: Path) -> Iterator[Pair]:
-    house = House(scratch)
     tops = [scratch / "odd [red] 모델", scratch / "plain"]
     for name in ODD_NAMES:
         model = os.fsencode(tops[0]) + b"/source/models/" + name
@@ -72,14 +69,12 @@ def pair(scratch: Path) -> Iterator[Pair]:
         Path(os.fsdecode(model + b"/model.gguf")).write_bytes(b"x" * 1536)
     (tops[1] / "mnt").mkdir(parents=True)
     (tops[1] / "mnt" / "hidden").touch()
-    with ThreadPoolExecutor(2) as pool:
-        odd, plain = pool.map(lambda top: Mount.make(house, top), tops)
-    for name in ODD_NAMES:
-        Path(os.fsdecode(os.fsencode(house.inside(odd.mountpoint)) + b"/models/" + name + b"/model.gguf")).read_bytes()
-    yield Pair(house, odd, plain)
-    house.close()
-    for top in tops:
-        shutil.rmtree(top)
+    with House(scratch) as house:
+        odd, plain = (Mount.make(house, top) for top in tops)
+        seen = os.fsencode(house.inside(odd.mountpoint))
+        for name in ODD_NAMES:
+            Path(os.fsdecode(seen + b"/models/" + name + b"/model.gguf")).read_bytes()
+        yield Pair(house, odd, plain)
 
 
 def lines_of(done: Done) -> list[str]:
@@ -93,11 +88,13 @@ def lines_of(done: Done) -> list[str]:
 def test_background_tells_what_it_did(pair: Pair) -> None:
     for mount in (pair.odd, pair.plain):
         pid, log = pair.house.record(mount.mountpoint)["pid"], mount.state / "daemon.log"
-        told = f"mounted {mount.source} at {mount.mountpoint} (process {pid}, log {log})\n"
-        assert mount.started == Done(0, told, "")
+        assert mount.started.out == f"mounted {mount.source} at {mount.mountpoint} (process {pid}, log {log})\n"
 
 
 def test_a_mountpoint_that_is_not_empty_is_a_warning(pair: Pair) -> None:
+    assert pair.odd.started.err == ""
+    assert "mountpoint_not_empty" in pair.plain.started.err
+    assert pair.plain.started.err.count("\n") == 1
     log = [json.loads(line) for line in (pair.plain.state / "daemon.log").read_text(encoding="utf-8").splitlines()]
     assert [line["mountpoint"] for line in log if line["event"] == "mountpoint_not_empty"] == [
         str(pair.plain.mountpoint)
@@ -227,7 +224,7 @@ def test_umount_leaves_nothing_behind(house: House, scratch: Path) -> None:
     mount = Mount.make(house, scratch / "ends")
     pid = house.record(mount.mountpoint)["pid"]
     assert house.tierd("umount", mount.mountpoint) == Done(0, "", "")
-    assert not alive(pid)
+    wait_until(lambda: not alive(pid), COMMAND_SECONDS, f"process {pid} ends")
     assert house.mounted(mount.mountpoint) is None
     assert not house.runtime(mount.mountpoint).exists()
     assert {"daemon.log", "index.db"} <= set(os.listdir(mount.state)) <= {"daemon.log", "index.db", "lock"}

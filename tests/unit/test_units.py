@@ -158,7 +158,7 @@ root_sets = st.lists(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(path=paths, roots=root_sets, evidence=st.sets(paths))
 def test_a_model_lies_below_its_root_and_above_its_file(path: bytes, roots: list[bytes], evidence: set[bytes]) -> None:
     model = model_of(path, roots, evidence.__contains__)
@@ -173,7 +173,7 @@ def test_a_model_lies_below_its_root_and_above_its_file(path: bytes, roots: list
     assert not any(part.startswith(b".") for part in parts[len(split(root)) :][:2])
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(path=paths, roots=root_sets, evidence=st.sets(paths), name=st.sampled_from([b"w.safetensors", b"z.gguf"]))
 def test_weights_laid_directly_into_a_model_belong_to_it(
     path: bytes, roots: list[bytes], evidence: set[bytes], name: bytes

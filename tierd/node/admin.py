@@ -12,6 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import parse_qs
 
 import trio
 
@@ -47,9 +48,15 @@ def admin_app(status: Callable[[], Json], models: Answer, opens: Answer) -> Star
     return Starlette(routes=[route("/v1/status", tell_status), route("/v1/models", models), route("/v1/opens", opens)])
 
 
+def query(request: Request, key: str) -> str:
+    """A query parameter, or the empty string; bytes that are not UTF-8 become surrogate escapes, as in our JSON."""
+    values = parse_qs(request.url.query, errors="surrogateescape").get(key)
+    return values[0] if values else ""
+
+
 def opens_limit(request: Request) -> int:
     """How many rows a client asked for, within bounds."""
-    text = request.query_params.get("limit", "100")
+    text = query(request, "limit")
     return max(1, min(_OPENS_MAX, int(text))) if text.isascii() and text.isdigit() else 100
 
 

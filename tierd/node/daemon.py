@@ -50,13 +50,15 @@ class Daemon:
     """One mount and everything that serves it.
 
     Start order: locks, port, index, overlay, mount, requests, recorder, admin, ready. Stop order: admin,
-    mount, requests in work, recorder, index, locks. `ready` is called once the mount answers.
+    mount, requests in work, recorder, index, locks. `start_log` is called once nothing can be refused any
+    longer, so that a refusal leaves no log behind; `ready` once the mount answers.
     """
 
-    def __init__(self, settings: MountSettings, ready: Callable[[], None]) -> None:
+    def __init__(self, settings: MountSettings, *, start_log: Callable[[], None], ready: Callable[[], None]) -> None:
         self.settings = preflight.check_paths(settings)
         assert self.settings.state_dir is not None
         self.state_dir = self.settings.state_dir
+        self._start_log = start_log
         self._ready = ready
         self._started = time.time()
         self._stop = trio.Event()
@@ -69,8 +71,10 @@ class Daemon:
         """Serve until SIGTERM, SIGINT or an unmount. Raises UsageError before anything was mounted."""
         preflight.check_fuse(allow_other=self._allow_other)
         with ExitStack() as stack:
-            stack.enter_context(preflight.exclusive(self.state_dir, self.settings.mountpoint))
             self._listener = stack.enter_context(preflight.listen(self.settings.metrics))
+            stack.enter_context(preflight.exclusive(self.state_dir, self.settings.mountpoint))
+            self._start_log()
+            preflight.warn_if_hiding(self.settings.mountpoint)
             host, port = self._listener.getsockname()[:2]
             self._metrics_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             self._build(stack)
@@ -295,7 +299,7 @@ class Daemon:
 
     async def _opens(self, request: Request) -> list[Any]:
         await self.recorder.flush()
-        model = request.query_params.get("model")
+        model = admin.query(request, "model")
         name = model.encode("utf-8", "surrogateescape") if model else None
         rows = await trio.to_thread.run_sync(self.index.opens, admin.opens_limit(request), name)
         return [open_json(row) for row in rows]

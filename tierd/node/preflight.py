@@ -78,18 +78,33 @@ def check_paths(settings: MountSettings) -> MountSettings:
             f"mountpoint {mountpoint} is busy: {busy.fstype} is mounted there",
             hint=f"tierd umount {mountpoint}",
         )
-    if any(mountpoint.iterdir()):
-        log.warning("mountpoint_not_empty", mountpoint=str(mountpoint), note="its files are hidden while mounted")
     state_dir = absolute(settings.state_dir or default_state_dir(mountpoint))
     for path, what in ((state_dir, "state directory"), (settings.log_file, "log file")):
         if path is not None and absolute(path).is_relative_to(mountpoint):
             raise UsageError(f"{what} {path} is below the mountpoint {mountpoint}", hint="choose a path outside of it")
+    if settings.log_file is not None:
+        _check_log_file(settings.log_file, state_dir)
     return settings.model_copy(update={"source": source, "mountpoint": mountpoint, "state_dir": state_dir})
+
+
+def warn_if_hiding(mountpoint: Path) -> None:
+    """A mountpoint that is not empty is allowed."""
+    if any(mountpoint.iterdir()):
+        log.warning("mountpoint_not_empty", mountpoint=str(mountpoint), note="its files are hidden while mounted")
 
 
 def absolute(path: Path) -> Path:
     """`path` without links or `..`; what does not exist yet is kept as written."""
     return Path(os.path.realpath(path))
+
+
+def _check_log_file(path: Path, state_dir: Path) -> None:
+    """The state directory, where it usually lies, is made later."""
+    number = 0 if path.parent.is_dir() or absolute(path.parent) == state_dir else errno.ENOENT
+    if path.is_dir():
+        number = errno.EISDIR
+    if number:
+        raise UsageError(f"log file {path}: {os.strerror(number)}", hint="choose another with --log-file")
 
 
 def _existing_dir(path: Path, what: str, hint: str) -> Path:
@@ -131,17 +146,15 @@ def detach(mountpoint: Path) -> None:
 def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[None]:
     """Hold the locks of a state directory and of a mountpoint for the length of a `with`. Raises UsageError."""
     state = private_dir(state_dir, "state directory")
-    runtime = private_dir(runtime_dir(mountpoint), "runtime directory")
-    with (
-        _lock(state / "lock", f"state directory {state}"),
-        _lock(lock_path(mountpoint), f"mountpoint {mountpoint}"),
-    ):
-        try:
-            yield
-        finally:
-            lock_path(mountpoint).unlink()
-            with suppress(OSError):  # not empty: something of somebody else's
-                runtime.rmdir()
+    with _lock(state / "lock", f"state directory {state}"):
+        runtime = private_dir(runtime_dir(mountpoint), "runtime directory")
+        with _lock(lock_path(mountpoint), f"mountpoint {mountpoint}"):
+            try:
+                yield
+            finally:
+                lock_path(mountpoint).unlink()
+                with suppress(OSError):  # not empty: something of somebody else's
+                    runtime.rmdir()
 
 
 @contextmanager
@@ -184,8 +197,8 @@ def listen(address: str) -> socket.socket:
         except OSError:
             server.close()
             raise
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no such host"
         raise UsageError(
             f"cannot serve metrics on {address}: {reason}", hint="choose another with --metrics HOST:PORT"
         ) from None
