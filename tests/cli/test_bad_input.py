@@ -240,7 +240,6 @@ IN_BACKGROUND = (
     "source missing",
     "mountpoint busy",
     "log below mountpoint",
-    "metrics port taken",
     "flag ill-typed",
     "env unknown",
     "state a file",

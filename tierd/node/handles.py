@@ -9,7 +9,6 @@ because closing a file on a stalled network file system may block.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -17,7 +16,7 @@ from types import TracebackType
 
 from tierd.node.inodes import InodeTable, Node
 from tierd.node.seam import ReadTarget
-from tierd.node.sources import PosixSource, Ref
+from tierd.node.sources import Moved, PosixSource, Ref
 
 
 class Handle:
@@ -118,7 +117,7 @@ class DirCache:
     def hold(self, node: Node) -> _Hold:
         """A descriptor to resolve names of directory `node` in, for the length of an `async with`.
 
-        Raises Moved if it is not where it was, FileNotFoundError if it was removed.
+        Raises Moved if it is not where it was.
         """
         return _Hold(self, node)
 
@@ -141,7 +140,7 @@ class DirCache:
         while (entry := self.peek(at)) is None:
             missing.append(at)
             if at.parent is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+                raise Moved
             at = at.parent
         for child in reversed(missing):
             try:

@@ -186,16 +186,20 @@ class Overlay:
         key, version = self.source.key(st), pack(version_of(st))
         known = self.inodes.by_key(key)
         if known is not None and not known.handles and known.version not in (None, version):
-            self._retire_changed(known, st)
+            self._expect_change(known, st)
         node = self.inodes.seen(parent, name, key)
         if node.version is None:
             node.version = version
         return node
 
-    def _retire_changed(self, node: Node, st: os.stat_result) -> None:
-        """A regular file that changed while nobody had it open, or another one that got the same inode number."""
-        if stat.S_ISREG(st.st_mode) and trio.current_time() >= node.young_until:
-            self._retire(node)
+    def _expect_change(self, node: Node, st: os.stat_result) -> None:
+        """A file changed while nobody had it open, or another one got its inode number.
+
+        The open that follows may have been sent back once already, so it must find a node that settles. (If it
+        was only the source's attribute cache that is behind, that open will see so.)
+        """
+        if stat.S_ISREG(st.st_mode):
+            node.young_until = trio.current_time() + _YOUNG_SECONDS
 
     def forget(self, node_id: int, count: int) -> None:
         """The kernel forgot `count` lookups. Never raises."""
