@@ -6,10 +6,9 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 BIN := .venv/bin
 ARGS ?=
-BENCH_SIZE_MIB ?= 4096
 PIP_TOOLS := pip-tools==7.6.2
 
-.PHONY: help setup demo test lint lock bench clean
+.PHONY: help setup demo test lint lock bench campaign clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +32,11 @@ lint: setup ## Style, format and types
 lock: ## Write the lock files anew from pyproject.toml (UPGRADE=1 takes newer versions)
 	@PYTHON="$${PYTHON:-python3.11}" PIP_TOOLS="$(PIP_TOOLS)" .ci/lock $(if $(UPGRADE),--upgrade)
 
-bench: setup ## The demo's loads with a larger model, as JSON (BENCH_SIZE_MIB=4096)
-	@$(BIN)/python -m bench.demo --json --size-mib $(BENCH_SIZE_MIB) $(ARGS)
+bench: setup ## Measure the overlay beside its source (root; ARGS=--help)
+	@$(BIN)/python -m bench.overlay $(ARGS)
+
+campaign: setup ## The long form of the model-based tests
+	@$(BIN)/python -m pytest -m campaign $(ARGS)
 
 clean: ## Remove what was built here
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov

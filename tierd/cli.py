@@ -53,7 +53,9 @@ def main() -> None:
     try:
         sys.exit(app(prog_name="tierd", standalone_mode=False))
     except background.StartFailed as error:
-        sys.exit(error.code)
+        if error.code < 0:
+            _complain(str(error), "its log may say more")
+        sys.exit(max(error.code, error.exit_code))
     except TierdError as error:
         _complain(str(error), error.hint)
         sys.exit(error.exit_code)

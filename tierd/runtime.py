@@ -102,6 +102,22 @@ def private_dir(path: Path, what: str) -> Path:
     return path
 
 
+def own_runtime_base() -> None:
+    """Make the directory of all runtime directories and insist that it is ours: others could lead clients astray."""
+    base = runtime_base()
+    try:
+        base.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        if not _ours(base):
+            raise UsageError(f"runtime directory {base} is not ours alone", hint="set XDG_RUNTIME_DIR")
+    except OSError as error:
+        raise UsageError(f"runtime directory {base}: {error.strerror}", hint="set XDG_RUNTIME_DIR") from None
+
+
+def _ours(base: Path) -> bool:
+    found = base.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
 def write_record(record: MountRecord) -> None:
     """Publish a running daemon."""
     path = runtime_dir(Path(record.mountpoint)) / _RECORD
@@ -134,7 +150,9 @@ def is_served(mountpoint: Path) -> bool:
 
 def records() -> list[MountRecord]:
     """All mounts whose daemon is alive."""
-    found = []
+    found: list[MountRecord] = []
+    if not runtime_base().is_dir() or not _ours(runtime_base()):
+        return found
     for path in sorted(runtime_base().glob(f"*/{_RECORD}")):
         try:
             record = MountRecord(**json.loads(path.read_text(encoding="utf-8")))

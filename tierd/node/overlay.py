@@ -18,7 +18,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar, TypeVarTuple
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, TypeVarTuple
 
 import trio
 
@@ -310,22 +310,33 @@ class Overlay:
         reach = self._by_handle if unlinked else self._by_name
         fd, version, pod = await reach(node, self._open_blocking, flags, caller.pid)
         packed = pack(version)
-        young = trio.current_time() < node.young_until
         changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
-        passed_through = node.backed and flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY
-        if (changed and not young and not node.retired) or passed_through:
-            if not node.retired:
-                self._retire(node)
-            await self._run(os.close, fd)
-            raise Moved
-        if changed:
+        if changed and (node.retired or self._is_young(node)):
             await self._run(self._reads.attributes_changed, node_id)
+        elif changed or self._excluded(node, flags):
+            await self._send_back(node, fd)
+        if self._excluded(node, flags):  # it may have become so while we waited
+            await self._send_back(node, fd)
         if not node.dirty or flags & os.O_TRUNC:
             node.version = packed
         handle = self._new_handle(node, fd, flags, caller.uid, pod)
-        if node.backed or not (young or node.retired):
+        if node.backed or not (node.retired or self._is_young(node)):
             self._pass_through(handle)
         return OpenedFile(handle.fh, not changed)
+
+    def _is_young(self, node: Node) -> bool:
+        return trio.current_time() < node.young_until
+
+    def _excluded(self, node: Node, flags: int) -> bool:
+        """The kernel serves the node by itself, and allows no writer beside that."""
+        return node.backed > 0 and flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY
+
+    async def _send_back(self, node: Node, fd: int) -> NoReturn:
+        """Have the kernel look the name up again and open the new node that this returns."""
+        if not node.retired:
+            self._retire(node)
+        await self._run(os.close, fd)
+        raise Moved
 
     def _open_blocking(self, ref: Ref, flags: int, pid: int) -> tuple[int, Version, str | None]:
         fd, version = self.source.open(ref, flags)

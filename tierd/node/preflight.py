@@ -19,7 +19,15 @@ import structlog
 
 from tierd.config import MountSettings, host_port
 from tierd.errors import UsageError
-from tierd.runtime import default_state_dir, is_served, lock_path, private_dir, resolve_mountpoint, runtime_dir
+from tierd.runtime import (
+    default_state_dir,
+    is_served,
+    lock_path,
+    own_runtime_base,
+    private_dir,
+    resolve_mountpoint,
+    runtime_dir,
+)
 
 _LOCK_TRIES = 5
 _LOCK_PAUSE_SECONDS = 0.02
@@ -63,7 +71,9 @@ def check_paths(settings: MountSettings) -> MountSettings:
     source = _existing_dir(settings.source, "source", "mount JuiceFS there first")
     _revive(resolve_mountpoint(settings.mountpoint))
     mountpoint = _existing_dir(settings.mountpoint, "mountpoint", f"mkdir -p {settings.mountpoint}")
-    if source == mountpoint or source.is_relative_to(mountpoint):
+    if source == mountpoint:
+        raise UsageError(f"source and mountpoint are the same directory {source}", hint="choose another mountpoint")
+    if source.is_relative_to(mountpoint):
         raise UsageError(
             f"source {source} is below the mountpoint {mountpoint}", hint="tierd would read through itself"
         )
@@ -146,6 +156,7 @@ def detach(mountpoint: Path) -> None:
 def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[None]:
     """Hold the locks of a state directory and of a mountpoint for the length of a `with`. Raises UsageError."""
     state = private_dir(state_dir, "state directory")
+    own_runtime_base()
     with _lock(state / "lock", f"state directory {state}"):
         runtime = private_dir(runtime_dir(mountpoint), "runtime directory")
         with _lock(lock_path(mountpoint), f"mountpoint {mountpoint}"):
@@ -159,29 +170,35 @@ def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(path: Path, what: str) -> Iterator[None]:
-    file: IO[str]
-    with path.open("a+", encoding="ascii") as file:
-        if not _try_lock(file):
-            file.seek(0)
-            owner = file.read(32).strip() or "unknown"
-            raise UsageError(
-                f"{what} is in use by another tierd (process {owner})",
-                hint="stop that one, or choose another",
-            )
+    file = _take_lock(path)
+    if file is None:
+        owner = path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
+        raise UsageError(
+            f"{what} is in use by another tierd (process {owner})", hint="stop that one, or choose another"
+        )
+    with file:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
 
 
-def _try_lock(file: IO[str]) -> bool:
-    """Take the lock; a client that only looks whether it is taken (`runtime.is_served`) is waited for."""
+def _take_lock(path: Path) -> IO[str] | None:
+    """The locked file, or None if it is taken.
+
+    A client that only looks (`runtime.is_served`) is waited for. A lock that its holder removed after we
+    opened it would be held by nobody's name: then the new one is taken.
+    """
     for _ in range(_LOCK_TRIES):
-        with suppress(BlockingIOError):
+        file = path.open("a+", encoding="ascii")
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(_LOCK_PAUSE_SECONDS)
-    return False
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except (BlockingIOError, FileNotFoundError):
+            time.sleep(_LOCK_PAUSE_SECONDS)
+        file.close()
+    return None
 
 
 def listen(address: str) -> socket.socket:
