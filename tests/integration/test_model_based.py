@@ -15,8 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,10 +25,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.conftest import DirectoryFactory, MountFactory
-from tests.integration.test_names import outcome, renameat2
+from tests.integration.calls import outcome, renameat2
+from tests.integration.trees import (
+    hard_link,
+    look,
+    mode_links_size,
+    replace_file,
+    set_attribute,
+    set_times,
+    soft_link,
+    sorted_names,
+    write_file,
+)
 from tests.mounts import OverlayMount
 
-CONTENT_BYTES_MAX = 1 << 20
 NAMES = ["a", "b", "c", "a/a", "a/b", "a/c", "b/a", "b/b", "a/a/a", "b/a/b"]
 FIRST_TREE = ("a/", "b/", "a/a/", "c", "a/b", "b/a")
 FIRST_OPEN = (("c", os.O_RDONLY), ("a/b", os.O_RDWR), ("b/a", os.O_RDONLY), ("b/a", os.O_RDWR))
@@ -76,126 +85,6 @@ class Handle(NamedTuple):
 
     overlay: int
     model: int
-
-
-def write_file(path: Path, flags: int, offset: int, data: bytes) -> None:
-    """Open, write, close. `offset` is ignored when appending."""
-    fd = os.open(path, os.O_WRONLY | flags, 0o644)
-    try:
-        os.pwrite(fd, data, offset)
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """As careful programs write: to a temporary name, then renamed over."""
-    temporary = path.with_name("temporary")
-    temporary.write_bytes(data)
-    try:
-        temporary.rename(path)
-    except OSError:
-        temporary.unlink()
-        raise
-
-
-def hard_link(old: Path, new: Path) -> None:
-    """A hard link of the entry itself, link or not."""
-    os.link(old, new, follow_symlinks=False)
-
-
-def soft_link(path: Path, text: str) -> None:
-    """A symbolic link."""
-    os.symlink(text, path)
-
-
-def sorted_names(path: Path) -> list[str]:
-    """A listing, in an order that both sides share."""
-    return sorted(os.listdir(path))
-
-
-def set_times(path: Path, at_ns: int) -> int:
-    """Set both times; the modification time as it is then told."""
-    os.utime(path, ns=(at_ns, at_ns))
-    return path.stat().st_mtime_ns
-
-
-def set_attribute(path: Path, value: bytes) -> tuple[list[str], bytes]:
-    """Set an extended attribute; all names, and the value, as they are then told."""
-    os.setxattr(path, "user.test", value)
-    return os.listxattr(path), os.getxattr(path, "user.test")
-
-
-def mode_links_size(fd: int) -> tuple[int, int, int]:
-    """What fstat(2) must say alike."""
-    found = os.fstat(fd)
-    return found.st_mode, found.st_nlink, found.st_size
-
-
-class Facts(NamedTuple):
-    """What must be equal of an entry: on both sides, but for the times; through the mount and beneath it, times too."""
-
-    mode: int
-    links: int
-    owner: tuple[int, int]
-    size: int | None
-    content: str | bytes | None
-    times: tuple[int, int] = (0, 0)
-
-
-class Tree(NamedTuple):
-    """A whole tree: facts by path, and which names are hard links of one file."""
-
-    facts: dict[str, Facts]
-    inodes: set[frozenset[str]]
-
-    def without_times(self) -> Tree:
-        """The same, comparable with a tree that was made at other times."""
-        return Tree({path: found._replace(times=(0, 0)) for path, found in self.facts.items()}, self.inodes)
-
-
-def look(base: Path) -> Tree:
-    """Everything below `base`, as its directories list it."""
-    found: dict[str, Facts] = {}
-
-    def enter(directory: int, path: str) -> None:
-        for name in os.listdir(directory):
-            seen = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            content: str | bytes | None = None
-            if stat.S_ISLNK(seen.st_mode):
-                content = os.readlink(name, dir_fd=directory)
-            elif stat.S_ISREG(seen.st_mode):
-                with opened(name, directory) as fd:
-                    content = os.read(fd, CONTENT_BYTES_MAX)
-            found[path + name] = Facts(
-                seen.st_mode,
-                seen.st_nlink,
-                (seen.st_uid, seen.st_gid),
-                None if stat.S_ISDIR(seen.st_mode) else seen.st_size,
-                content,
-                (seen.st_mtime_ns, seen.st_ctime_ns),
-            )
-            if stat.S_ISDIR(seen.st_mode):
-                with opened(name, directory) as fd:
-                    enter(fd, f"{path}{name}/")
-
-    with opened(base) as fd:
-        enter(fd, "")
-    # After all opens: an open may find that a file was changed beneath the mount, and give it another number.
-    names_by_inode: dict[int, set[str]] = {}
-    for path, facts in found.items():
-        if facts.links > 1 and not stat.S_ISDIR(facts.mode):
-            names_by_inode.setdefault((base / path).lstat().st_ino, set()).add(path)
-    return Tree(found, {frozenset(names) for names in names_by_inode.values()})
-
-
-@contextmanager
-def opened(path: str | Path, directory: int | None = None) -> Iterator[int]:
-    """A descriptor of a directory or file, for reading."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 class Machine(RuleBasedStateMachine):

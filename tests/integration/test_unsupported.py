@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.conftest import Tree
-from tests.integration.test_names import outcome
+from tests.integration.calls import outcome
 from tests.mounts import as_user
 
 _libc = ctypes.CDLL(None, use_errno=True)
