@@ -1,4 +1,4 @@
-"""Directories through the overlay: made, removed, listed, and with names of every kind. Over a directory and JuiceFS."""
+"""Directories through the overlay: made, removed, listed, with names of every kind; over a directory and JuiceFS."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Random operations through the overlay and beneath it, against a plain directory that gets the same ones.
 
 Every operation is done twice: through the mount (or directly on its source) and on a model directory
-of the same file system type. Results and errnos must be equal, and so must the whole trees after each
-step. The mount has timeouts of 0, so that changes beneath are seen by the very next call and the
+of the same file system type. Results and errnos must be equal, and so must the whole trees, every few
+steps and at the end. The mount has timeouts of 0, so that changes beneath are seen by the very next call and the
 comparison can be exact; that the default timeouts only add a bounded delay is tested in
 `test_consistency.py`.
 
