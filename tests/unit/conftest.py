@@ -180,3 +180,9 @@ def gate() -> Iterator[Gate]:
     made = Gate()
     yield made
     made.open()
+
+
+@pytest.fixture(autouse=True)
+def _files_of_any_size_may_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest size that does is tested on real mounts (`test_locks_hold_between_readers_and_writers`)."""
+    monkeypatch.setattr("tierd.node.overlay._PASSTHROUGH_BYTES_MIN", 0)

@@ -51,6 +51,8 @@ _DATA_THREADS = 16
 _YOUNG_SECONDS = 2.0
 """How long a node that replaced a retired one is not itself retired: the kernel looks a name up again only
 once per open (open(2) fails with ESTALE the second time), so a file that changes all the time must settle."""
+_PASSTHROUGH_BYTES_MIN = 128 * 1024
+"""Smaller files are served by the daemon: a single READ, and lock files keep one inode for readers and writers."""
 _READDIR_BATCH_MAX = 512
 _LABELS = b"security."
 """Attributes that do not pass: labels and file capabilities mean nothing on a mount without suid."""
@@ -320,7 +322,8 @@ class Overlay:
         if not node.dirty or flags & os.O_TRUNC:
             node.version = packed
         handle = self._new_handle(node, fd, flags, caller.uid, pod)
-        if node.backed or not (node.retired or self._is_young(node)):
+        large = version.size >= _PASSTHROUGH_BYTES_MIN
+        if node.backed or (large and not node.retired and not self._is_young(node)):
             self._pass_through(handle)
         return OpenedFile(handle.fh, not changed)
 

@@ -226,8 +226,10 @@ class PosixSource:
             if flags & os.O_TRUNC:
                 os.truncate(f"/proc/self/fd/{fd}", 0)
             return fd, forced_version(fd)
-        except OSError:
+        except OSError as error:
             os.close(fd)
+            if error.errno == errno.ENOENT:  # JuiceFS says so of a file that was replaced this moment
+                raise Moved from None
             raise
 
     def open_dir(self, ref: Ref, flags: int = os.O_RDONLY) -> int:
