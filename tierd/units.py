@@ -55,6 +55,11 @@ def looks_like_model(names: Iterable[bytes]) -> bool:
     return any(name in MARKER_NAMES or name.lower().endswith(WEIGHT_SUFFIXES) for name in names)
 
 
+def holds_weights(path: bytes) -> bool:
+    """True if a file holds weights, by its name."""
+    return path.lower().endswith(WEIGHT_SUFFIXES)
+
+
 def model_of(
     path: bytes, roots: Sequence[bytes], is_model_dir: Callable[[bytes], bool] = lambda _: False
 ) -> bytes | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import stat
+import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from structlog.testing import capture_logs
 from tierd.errors import UsageError
 from tierd.node import index as index_module
 from tierd.node.index import SCHEMA_VERSION, Batch, FileDelta, Index, ModelDelta, ModelRow, OpenRow
+from tierd.policy import NS
 
 MODEL = b"models/a"
 
@@ -64,8 +68,8 @@ def test_batches_add_up(path: Path) -> None:
         more = Batch(models={MODEL: ModelDelta(loads=2, hits=1, last_access_ns=6), b"z": ModelDelta(last_access_ns=99)})
         index.apply(more)
         assert index.models() == [
-            ModelRow(b"z", 0, 0, 0, 0, 99, 99),
-            ModelRow(MODEL, 3, 2, 1, 30, 7, 7),
+            ModelRow(b"z", 0, 0, 0, 0, 99, 99, heat=0.0, heat_at_ns=0),
+            ModelRow(MODEL, 3, 2, 1, 30, 7, 7, heat=2.0, heat_at_ns=6),
         ]
         files = "SELECT path, model, opens, bytes_read, last_access FROM files ORDER BY path"
         assert rows(path, files) == [(b"f", MODEL, 2, 20, 5), (b"g", MODEL, 1, 10, 7)]
@@ -112,6 +116,129 @@ def test_wherever_the_state_directory_lies(tmp_path: Path, name: str) -> None:
         index.apply(batch((b"f", 1)))
         assert len(index.models()) == len(index.opens(10)) == 1
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+# --- heat, hits, pins ---
+
+
+def loads(count: int, at: int, hits: int = 0) -> Batch:
+    """So many loads of one model, the last at `at`."""
+    return Batch(models={MODEL: ModelDelta(opens=count, loads=count, hits=hits, last_access_ns=at)})
+
+
+def test_heat_is_loads_that_decay(path: Path) -> None:
+    with closing(Index(path, half_life_s=100.0)) as index:
+        index.apply(loads(4, 1000 * NS))
+        index.apply(loads(1, 1100 * NS))
+        index.apply(batch((b"f", 5000 * NS)))
+        (row,) = index.models()
+        assert (row.heat, row.heat_at_ns) == (pytest.approx(3.0), 1100 * NS), "an open that begins no load adds nothing"
+        assert row.last_access_ns == 5000 * NS
+        index.apply(loads(1, 1300 * NS))
+        assert index.models()[0].heat == pytest.approx(1.75)
+    with closing(Index(path, half_life_s=math.inf)) as index:
+        index.apply(loads(1, 9000 * NS))
+        assert index.models()[0].heat == pytest.approx(2.75), "it is still there the next time"
+
+
+def test_a_clock_that_ran_ahead_once_does_not_keep_loads_from_counting(path: Path) -> None:
+    with closing(Index(path, half_life_s=100.0)) as index:
+        index.apply(loads(1, 2**61))
+        index.apply(loads(1, 1000 * NS))
+        assert (index.models()[0].heat, index.models()[0].heat_at_ns) == (2.0, 1000 * NS), "not decayed, not raised"
+        index.apply(loads(1, 1100 * NS))
+        assert index.models()[0].heat == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("half_life_s", [0.0, -1.0, math.nan])
+def test_half_lives_that_make_no_sense(path: Path, half_life_s: float) -> None:
+    with pytest.raises(ValueError, match="half-life"):
+        Index(path, half_life_s=half_life_s)
+    assert not path.exists()
+
+
+def test_hits_can_be_taken_back_but_never_fall_below_none(path: Path) -> None:
+    with closing(Index(path)) as index:
+        index.apply(loads(2, 1, hits=2))
+        index.apply(loads(0, 2, hits=-1))
+        assert index.models()[0].hits == 1
+        index.apply(loads(0, 3, hits=-5))
+        assert index.models()[0].hits == 0, "the batch that counted them was lost"
+        index.apply(Batch(models={b"new": ModelDelta(hits=-1, last_access_ns=4)}))
+        assert [row.hits for row in index.models()] == [0, 0]
+
+
+def test_pins(path: Path) -> None:
+    name = b"models/\xff\n'\""
+    with closing(Index(path)) as index:
+        assert index.pins() == frozenset()
+        assert not index.set_pin(MODEL, False, 1)
+        assert index.set_pin(MODEL, True, 2)
+        assert not index.set_pin(MODEL, True, 3)
+        assert index.set_pin(name, True, 4)
+        assert rows(path, "SELECT model, at FROM pins ORDER BY at") == [(MODEL, 2), (name, 4)], "since the first time"
+    with closing(Index(path)) as index:
+        assert index.pins() == {MODEL, name}
+        assert index.set_pin(MODEL, False, 5)
+        assert index.pins() == {name}
+        assert not index.set_pin(MODEL, False, 6)
+
+
+def test_a_pin_is_set_while_batches_are_written(path: Path) -> None:
+    """Writers of several threads on one connection: without turns, one would commit or roll back half of another."""
+    errors: list[BaseException] = []
+
+    def run(write: Callable[[int], object]) -> None:
+        try:
+            for number in range(60):
+                write(number)
+        except BaseException as error:
+            errors.append(error)
+
+    with closing(Index(path)) as index:
+        writers: list[Callable[[int], object]] = [
+            lambda number: index.apply(batch((b"f%d" % number, number), (b"g%d" % number, number))),
+            lambda number: index.set_pin(b"a%d" % number, True, number),
+            lambda number: index.set_pin(b"b%d" % number, True, number),
+        ]
+        threads = [threading.Thread(target=run, args=(write,)) for write in writers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert len(index.pins()) == 120
+        assert index.models()[0].opens == 120
+
+
+def test_a_writer_waits_for_the_one_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pin that comes in the middle of a batch is not part of the batch's transaction: it outlives its failure."""
+    begun, go = threading.Event(), threading.Event()
+
+    def fail(db: sqlite3.Connection, batch: Batch) -> None:
+        begun.set()
+        go.wait(0.2)
+        raise sqlite3.OperationalError("disk full")
+
+    with closing(Index(path)) as index:
+        monkeypatch.setattr(index, "_add_opens", fail)
+        failures: list[sqlite3.Error] = []
+
+        def apply() -> None:
+            try:
+                index.apply(batch((b"f", 1)))
+            except sqlite3.Error as error:
+                failures.append(error)
+
+        writer = threading.Thread(target=apply)
+        writer.start()
+        assert begun.wait(20)
+        assert index.set_pin(MODEL, True, 1)
+        go.set()
+        writer.join()
+        assert [str(error) for error in failures] == ["disk full"]
+        assert index.pins() == {MODEL}
+        assert index.models() == []
 
 
 # --- bounds ---

@@ -122,6 +122,60 @@ def test_idle_runs_shrink_to_the_capacity_after_many_were_active() -> None:
     assert len(grouper) <= 2
 
 
+def test_a_load_is_a_hit_while_every_open_is_from_the_node() -> None:
+    grouper = LoadGrouper(GAP_S)
+
+    def load(second: float, *from_node: bool) -> list[int]:
+        deltas = []
+        for each in from_node:
+            grouper.opened(A, at(second))
+            deltas.append(grouper.served(A, from_node=each))
+            grouper.closed(A, at(second))
+        return deltas
+
+    assert load(0, True, True, True) == [1, 0, 0]
+    assert load(100, True, False, False, True) == [1, -1, 0, 0], "taken back once"
+    assert load(200, False, True, False) == [0, 0, 0], "nothing to take back"
+    assert load(300, True) == [1]
+    assert load(310, False) == [-1], "within the gap it is still the same load"
+    assert load(400, True) == [1], "each load is judged anew"
+    assert grouper.served(B, from_node=True) == 0, "no open was noted"
+
+
+def test_hits_are_forgotten_with_their_load() -> None:
+    grouper = LoadGrouper(GAP_S, capacity=1)
+    for model in (A, B):
+        grouper.opened(model, at(0))
+        assert grouper.served(model, from_node=True) == 1
+        grouper.closed(model, at(0))
+    assert len(grouper) == 1
+    assert grouper.opened(A, at(1)), "forgotten, so a new load"
+    assert grouper.served(A, from_node=False) == 0, "of which no hit was counted"
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.sampled_from([A, B, C]), st.booleans(), st.integers(0, 60), st.booleans()), max_size=40),
+    st.integers(1, 3),
+)
+def test_hits_add_up_to_the_loads_without_a_miss(history: list[tuple[bytes, bool, int, bool]], capacity: int) -> None:
+    """However often a load is interrupted by others, and whatever had to be forgotten."""
+    grouper = LoadGrouper(GAP_S, capacity)
+    loads: dict[bytes, list[list[bool]]] = {A: [], B: [], C: []}
+    hits, second = 0, 0
+    for model, from_node, wait, closes in history:
+        second += wait
+        if grouper.opened(model, at(second)):
+            loads[model].append([])
+        loads[model][-1].append(from_node)
+        delta = grouper.served(model, from_node=from_node)
+        assert delta in (-1, 0, 1)
+        hits += delta
+        if closes:
+            grouper.closed(model, at(second))
+        assert hits == sum(all(load) for run in loads.values() for load in run)
+
+
 @dataclass
 class NaiveRun:
     """Every event of a load, as a list."""

@@ -46,7 +46,8 @@ class Setup:
         """Note an open; what notes its close."""
         self._fh += 1
         fh = self._fh
-        assert self.journal.opened(Opened(fh, path, int(second * NS), more.get("uid", 0), more.get("pod")))
+        event = Opened(fh, path, int(second * NS), more.get("uid", 0), more.get("pod"), more.get("from_node", False))
+        assert self.journal.opened(event)
 
         def close(second: float, bytes_read: int = 0) -> None:
             self.journal.closed(Closed(fh, path, int(second * NS), bytes_read))
@@ -56,6 +57,12 @@ class Setup:
     def sums(self) -> dict[bytes, tuple[int, int, int]]:
         """Opens, loads and bytes of each model."""
         return {row.model: (row.opens, row.loads, row.bytes_read) for row in self.index.models()}
+
+
+def node_tier_opens(setup: Setup) -> dict[str, float | None]:
+    """The counter by its label."""
+    get = setup.metrics.registry.get_sample_value
+    return {result: get("tierd_node_tier_opens_total", {"result": result}) for result in ("hit", "miss")}
 
 
 @pytest.fixture
@@ -80,6 +87,46 @@ async def test_loads_reach_over_batches(setup: Setup) -> None:
         setup.opened(b"models/llama/x.gguf", second)(second, 1)
         await setup.recorder.flush()
     assert setup.sums() == {b"models/llama": (4, 2, 4)}
+
+
+async def test_a_load_from_the_node_alone_is_a_hit(setup: Setup) -> None:
+    for number in range(3):
+        setup.opened(b"models/llama/%d.safetensors" % number, number, from_node=True)(number + 0.5, 0)
+    await setup.recorder.flush()
+    (row,) = setup.index.models()
+    assert (row.opens, row.loads, row.hits) == (3, 1, 1)
+    assert row.heat == 1.0
+    assert row.heat_at_ns == int(2.5 * NS), "the batch's last access"
+    assert node_tier_opens(setup) == {"hit": 3, "miss": 0}
+
+
+async def test_a_hit_is_taken_back_in_a_later_batch(setup: Setup) -> None:
+    hits = []
+    for second, from_node in ((0, True), (5, True), (10, False), (15, False), (20, True), (100, True), (200, False)):
+        setup.opened(b"models/llama/x.gguf", second, from_node=from_node)(second + 1, 0)
+        await setup.recorder.flush()
+        hits.append(setup.index.models()[0].hits)
+    assert hits == [1, 1, 0, 0, 0, 1, 1]
+    assert setup.index.models()[0].loads == 3
+    assert node_tier_opens(setup) == {"hit": 4, "miss": 3}
+
+
+async def test_hits_of_one_batch_are_summed(setup: Setup) -> None:
+    for second, from_node in ((0, True), (1, False), (100, True), (200, True), (201, False)):
+        setup.opened(b"models/llama/x.gguf", second, from_node=from_node)(second, 0)
+    setup.opened(b"models/other/x.gguf", 300, from_node=True)(301, 0)
+    await setup.recorder.flush()
+    assert {row.model: (row.loads, row.hits) for row in setup.index.models()} == {
+        b"models/llama": (3, 1),
+        b"models/other": (1, 1),
+    }
+
+
+async def test_what_belongs_to_no_model_is_neither_hit_nor_miss(setup: Setup) -> None:
+    setup.opened(b"outputs/1.png", 5, from_node=True)(6, 10)
+    setup.opened(b"outputs/2.png", 5)(6, 10)
+    await setup.recorder.flush()
+    assert node_tier_opens(setup) == {"hit": 0, "miss": 0}
 
 
 async def test_what_belongs_to_no_model_is_still_an_open(setup: Setup) -> None:

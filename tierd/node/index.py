@@ -1,14 +1,16 @@
 """The local index: one SQLite file per state directory (schema: `schema.sql`).
 
-Contract: one writer, from one worker thread at a time; readers open connections of their own, which
-WAL mode lets run beside the writer. A damaged index is moved aside and started anew: it is history,
-and losing it costs statistics, never a byte.
+Contract: every method may be called from any thread. Writers (`apply`, `set_pin`, `close`) take turns by a lock;
+readers open connections of their own, which WAL mode lets run beside the writer. An older schema is brought up to
+date in one transaction. A damaged index is moved aside and started anew: it is history and wishes, and losing it
+costs statistics and pins, never a byte.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -19,17 +21,25 @@ from urllib.parse import quote
 import structlog
 
 from tierd.errors import UsageError
+from tierd.policy import heat_now
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = Path(__file__).with_name("schema.sql")
+_MIGRATIONS = {
+    1: """
+        ALTER TABLE models ADD COLUMN heat REAL NOT NULL DEFAULT 0;
+        ALTER TABLE models ADD COLUMN heat_at INTEGER NOT NULL DEFAULT 0;
+    """,
+}
+"""By version, what leads to the next one; tables and indexes that are new come from the schema."""
 _BUSY_SECONDS = 5.0
 
 
 @dataclass(slots=True)
 class ModelDelta:
-    """What a batch adds to one model."""
+    """What a batch adds to one model; `hits` is below 0 where a load counted as a hit before turned out to be none."""
 
     opens: int = 0
     loads: int = 0
@@ -80,40 +90,71 @@ class ModelRow:
     bytes_read: int
     first_access_ns: int
     last_access_ns: int
+    heat: float
+    """Loads, decayed to `heat_at_ns`; for what they weigh now see `tierd.policy.heat_now`."""
+    heat_at_ns: int
 
 
 class Index:
-    """See the module. `history_rows` and `max_files` bound the tables `opens` and `files`."""
+    """See the module. `history_rows` and `max_files` bound the tables `opens` and `files`.
 
-    def __init__(self, path: Path, *, history_rows: int = 100_000, max_files: int = 1_000_000) -> None:
+    `half_life_s` is the time in which heat halves.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        history_rows: int = 100_000,
+        max_files: int = 1_000_000,
+        half_life_s: float = 7 * 86400.0,
+    ) -> None:
+        if not half_life_s > 0:
+            raise ValueError(f"half-life of {half_life_s} s: need more than 0")
         self.path = path
         self._history_rows = history_rows
         self._max_files = max_files
+        self._half_life_s = half_life_s
+        self._write_lock = threading.Lock()
         self._writer = _open_or_replace(path)
+        self._writer.create_function("heat_now", 4, heat_now, deterministic=True)
         self._file_rows: int
         (self._file_rows,) = self._writer.execute("SELECT count(*) FROM files").fetchone()
 
     def apply(self, batch: Batch) -> int:
         """Write a batch in one transaction; how many file rows were pruned for it. Raises sqlite3.Error."""
-        with self._writer as db:
-            rows, pruned = self._add_files(db, batch)
-            db.executemany(
-                "INSERT INTO models (model, opens, loads, hits, bytes_read, first_access, last_access)"
-                " VALUES (?1, ?2, ?3, ?4, ?5, ?7, ?6) ON CONFLICT (model) DO UPDATE SET"
-                " opens = opens + ?2, loads = loads + ?3, hits = hits + ?4, bytes_read = bytes_read + ?5,"
-                " last_access = max(last_access, ?6)",
-                (
-                    (model, m.opens, m.loads, m.hits, m.bytes_read, m.last_access_ns, _first(m))
-                    for model, m in batch.models.items()
-                ),
-            )
-            db.executemany(
-                "INSERT INTO opens (at, path, model, uid, pod) VALUES (?, ?, ?, ?, ?)",
-                ((row.at_ns, row.path, row.model, row.uid, row.pod) for row in batch.opens),
-            )
-            db.execute("DELETE FROM opens WHERE id <= (SELECT max(id) FROM opens) - ?", (self._history_rows,))
-        self._file_rows = rows
+        with self._write_lock:
+            with self._writer as db:
+                rows, pruned = self._add_files(db, batch)
+                self._add_models(db, batch)
+                self._add_opens(db, batch)
+            self._file_rows = rows
         return pruned
+
+    def _add_opens(self, db: sqlite3.Connection, batch: Batch) -> None:
+        db.executemany(
+            "INSERT INTO opens (at, path, model, uid, pod) VALUES (?, ?, ?, ?, ?)",
+            ((row.at_ns, row.path, row.model, row.uid, row.pod) for row in batch.opens),
+        )
+        db.execute("DELETE FROM opens WHERE id <= (SELECT max(id) FROM opens) - ?", (self._history_rows,))
+
+    def _add_models(self, db: sqlite3.Connection, batch: Batch) -> None:
+        """Sums never fall below 0, even if the batch that a negative delta takes back was lost.
+
+        Heat moves to the time of the batch even if that is earlier, so that a clock that was set wrong once does not
+        keep later loads from counting.
+        """
+        db.executemany(
+            "INSERT INTO models (model, opens, loads, hits, bytes_read, first_access, last_access, heat, heat_at)"
+            " VALUES (?1, ?2, ?3, max(0, ?4), ?5, ?7, ?6, ?3, iif(?3 > 0, ?6, 0)) ON CONFLICT (model) DO UPDATE SET"
+            " opens = opens + ?2, loads = loads + ?3, hits = max(0, hits + ?4), bytes_read = bytes_read + ?5,"
+            " last_access = max(last_access, ?6),"
+            " heat = iif(?3 > 0, heat_now(heat, heat_at, ?6, ?8) + ?3, heat), heat_at = iif(?3 > 0, ?6, heat_at)",
+            (
+                (model, m.opens, m.loads, m.hits, m.bytes_read, m.last_access_ns, _first(m), self._half_life_s)
+                for model, m in batch.models.items()
+            ),
+        )
 
     def _add_files(self, db: sqlite3.Connection, batch: Batch) -> tuple[int, int]:
         """How many file rows there will be, and how many had to go."""
@@ -134,11 +175,25 @@ class Index:
         )
         return rows - surplus, surplus
 
+    def set_pin(self, model: bytes, pinned: bool, at_ns: int) -> bool:
+        """Pin or unpin a model; True if that changed anything. Raises sqlite3.Error."""
+        with self._write_lock, self._writer as db:
+            if pinned:
+                done = db.execute("INSERT OR IGNORE INTO pins (model, at) VALUES (?, ?)", (model, at_ns))
+            else:
+                done = db.execute("DELETE FROM pins WHERE model = ?", (model,))
+            return done.rowcount > 0
+
+    def pins(self) -> frozenset[bytes]:
+        """The models that are pinned."""
+        with self._reader() as db:
+            return frozenset(model for (model,) in db.execute("SELECT model FROM pins"))
+
     def models(self) -> list[ModelRow]:
         """All models ever opened here, the latest first."""
         with self._reader() as db:
             rows = db.execute(
-                "SELECT model, opens, loads, hits, bytes_read, first_access, last_access"
+                "SELECT model, opens, loads, hits, bytes_read, first_access, last_access, heat, heat_at"
                 " FROM models ORDER BY last_access DESC"
             )
             return [ModelRow(*row) for row in rows]
@@ -162,7 +217,8 @@ class Index:
 
     def close(self) -> None:
         """Checkpoint and close."""
-        self._writer.close()
+        with self._write_lock:
+            self._writer.close()
 
 
 def _first(model: ModelDelta) -> int:
@@ -194,10 +250,28 @@ def _open(path: Path) -> sqlite3.Connection:
             raise sqlite3.DatabaseError(f"schema version {version} is newer than {SCHEMA_VERSION}")
         if db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
             raise sqlite3.DatabaseError("quick_check found damage")
-        db.executescript(_SCHEMA.read_text(encoding="utf-8"))
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        _migrate(db, version)
     except BaseException:
         db.close()
         raise
     path.chmod(0o600)
     return db
+
+
+def _migrate(db: sqlite3.Connection, version: int) -> None:
+    """Bring the schema from `version` to this one, all or nothing.
+
+    Version 0 is a new file, or one of version 1 that was interrupted (it did not make its tables and its number in
+    one transaction). Raises sqlite3.DatabaseError if the tables are not those of their version, and
+    sqlite3.OperationalError if they cannot be written.
+    """
+    if version == 0 and db.execute("SELECT 1 FROM sqlite_master WHERE name = 'models'").fetchone():
+        version = 1
+    steps = [statements for step, statements in _MIGRATIONS.items() if 0 < version <= step]
+    script = "\n".join((*steps, _SCHEMA.read_text(encoding="utf-8")))
+    try:
+        db.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:
+            raise sqlite3.DatabaseError(f"no index of schema version {version}: {error}") from error
+        raise

@@ -15,13 +15,18 @@ import trio
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A file was opened for reading. `at_ns`: nanoseconds since the epoch; `pod`: its UID where visible."""
+    """A file was opened for reading.
+
+    `at_ns`: nanoseconds since the epoch; `pod`: its UID where visible; `from_node`: all its bytes come from the
+    node tier.
+    """
 
     fh: int
     path: bytes
     at_ns: int
     uid: int
     pod: str | None
+    from_node: bool = False
 
 
 @dataclass(frozen=True, slots=True)

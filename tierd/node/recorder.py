@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import sqlite3
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -32,11 +33,12 @@ _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class ModelDirs:
-    """Remembers for a minute which directories hold weights, so that a batch lists each at most once."""
+    """Remembers for a minute which directories hold weights, so that a batch lists each at most once. Any thread."""
 
     def __init__(self, root_fd: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._root_fd = root_fd
         self._clock = clock
+        self._lock = threading.Lock()
         self._known: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()
 
     def __call__(self, directory: bytes) -> bool:
@@ -46,10 +48,11 @@ class ModelDirs:
         if known is not None and now - known[0] < _EVIDENCE_SECONDS:
             return known[1]
         answer = self._look(directory)
-        self._known[directory] = (now, answer)
-        self._known.move_to_end(directory)
-        if len(self._known) > _EVIDENCE_DIRS_MAX:
-            self._known.popitem(last=False)
+        with self._lock:
+            self._known[directory] = (now, answer)
+            self._known.move_to_end(directory)
+            if len(self._known) > _EVIDENCE_DIRS_MAX:
+                self._known.popitem(last=False)
         return answer
 
     def _look(self, directory: bytes) -> bool:
@@ -79,7 +82,10 @@ class _Descriptor:
 
 
 class Recorder:
-    """See the module. `record` is what a worker thread does; `run` feeds it."""
+    """See the module. `record` is what a worker thread does; `run` feeds it.
+
+    `noted` is told, from that thread, which model was accessed, how many loads of it began and when it was last.
+    """
 
     def __init__(
         self,
@@ -90,12 +96,14 @@ class Recorder:
         models_roots: Sequence[bytes],
         is_model_dir: Callable[[bytes], bool],
         load_idle_gap_s: float,
+        noted: Callable[[bytes, int, int], None] = lambda model, loads, at_ns: None,
     ) -> None:
         self._journal = journal
         self._index = index
         self._metrics = metrics
         self._roots = tuple(models_roots)
         self._is_model_dir = is_model_dir
+        self._noted = noted
         self._loads = LoadGrouper(load_idle_gap_s)
         self._model_of_open: dict[int, bytes | None] = {}
         self._one_at_a_time = trio.Lock()
@@ -119,6 +127,8 @@ class Recorder:
         batch = Batch()
         for event in events:
             self._add(batch, event)
+        for model, delta in batch.models.items():
+            self._noted(model, delta.loads, delta.last_access_ns)
         try:
             pruned = self._index.apply(batch)
         except sqlite3.Error as error:
@@ -161,7 +171,8 @@ class Recorder:
             entry.opens += 1
             begins = self._loads.opened(model, event.at_ns)
             entry.loads += begins
-        self._metrics.opened(model, load_begins=begins)
+            entry.hits += self._loads.served(model, from_node=event.from_node)
+        self._metrics.opened(model, load_begins=begins, from_node=event.from_node)
 
     def _add_close(self, event: Closed, model: bytes | None, file: FileDelta, entry: ModelDelta | None) -> None:
         file.bytes_read += event.bytes_read

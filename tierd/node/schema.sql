@@ -1,14 +1,22 @@
--- The local index: history and bookkeeping of one node, rebuildable, never needed by a read.
+-- The local index: history and bookkeeping of one node, rebuildable (but for the pins), never needed by a read.
+-- This is the newest version; what an older one lacks is added by the migrations in index.py.
 -- Paths are BLOBs relative to the source (names need not be UTF-8). Times are nanoseconds since the epoch.
 
 CREATE TABLE IF NOT EXISTS models (
     model          BLOB PRIMARY KEY,            -- path of the model, such as models/llama-7b
     opens          INTEGER NOT NULL DEFAULT 0,  -- files opened for reading
     loads          INTEGER NOT NULL DEFAULT 0,  -- runs of opens with an idle gap between them
-    hits           INTEGER NOT NULL DEFAULT 0,  -- loads served from the node tier alone
+    hits           INTEGER NOT NULL DEFAULT 0,  -- loads served from the node tier alone (so far)
     bytes_read     INTEGER NOT NULL DEFAULT 0,  -- bytes served by the daemon itself
     first_access   INTEGER NOT NULL,
-    last_access    INTEGER NOT NULL
+    last_access    INTEGER NOT NULL,
+    heat           REAL NOT NULL DEFAULT 0,     -- loads, decayed to heat_at
+    heat_at        INTEGER NOT NULL DEFAULT 0   -- when a load last added to heat
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS pins (               -- models to keep on the node
+    model          BLOB PRIMARY KEY,
+    at             INTEGER NOT NULL             -- since when
 ) WITHOUT ROWID;
 
 CREATE TABLE IF NOT EXISTS files (
