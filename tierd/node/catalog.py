@@ -6,18 +6,22 @@ tree's bytes are its `blobs`; its `snapshots` are links to them).
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
+from tierd.node.store import Identity
 from tierd.units import looks_like_model, model_of, root_of
 
 log = structlog.get_logger(__name__)
 
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 FILES_MAX = 2_000_000
 """Where a walk gives up; the result then says that it is incomplete."""
 
@@ -39,6 +43,48 @@ def walk(source: Path, roots: Sequence[bytes]) -> Catalog:
         if root_of(root, [other for other in roots if other != root]) is None:
             _walk_root(catalog, base, root, roots)
     return catalog
+
+
+class SourceFile(NamedTuple):
+    """A regular file of a model, `path` relative to the source, by its attributes as listed."""
+
+    path: bytes
+    identity: Identity
+
+
+def files_of(
+    source: Path, model: bytes, model_of_path: Callable[[bytes], bytes | None], limit: int = FILES_MAX
+) -> list[SourceFile]:
+    """The regular, not empty files of a model in load order (by name; a hard link once)."""
+    base = os.fsencode(source)
+    if os.path.realpath(os.path.join(base, model)) != os.path.join(os.path.realpath(base), model):
+        return []  # a link may lead out of the source
+    found: list[SourceFile] = []
+    seen: set[int] = set()
+    device = os.stat(source).st_dev
+    for path in _paths_of(base, model):
+        try:
+            st = os.lstat(os.path.join(base, path))
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                continue
+            raise
+        wanted = stat.S_ISREG(st.st_mode) and st.st_size and st.st_dev == device and st.st_ino not in seen
+        if wanted and model_of_path(path) == model and len(found) < limit:
+            seen.add(st.st_ino)
+            found.append(SourceFile(path, Identity(st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)))
+    return found
+
+
+def _paths_of(base: bytes, model: bytes) -> Iterator[bytes]:
+    top = os.path.join(base, model)
+    if os.path.islink(top) or not os.path.isdir(top):  # a link may lead out of the source
+        yield model
+        return
+    for directory, below, names in os.walk(top):
+        below.sort()
+        for name in sorted(names):
+            yield os.path.relpath(os.path.join(directory, name), base)
 
 
 def _walk_root(catalog: Catalog, base: bytes, root: bytes, roots: Sequence[bytes]) -> None:

@@ -1,0 +1,500 @@
+"""The node tier on disk: whole, verified copies of source files, and drafts that become such copies.
+
+A copy is two files of one directory: `NAME` holds exactly the source's bytes, so that the kernel can serve it;
+`NAME.meta` says whose bytes they are and seals them. A draft is `NAME.fill`. The directory is all there is:
+the inventory is rebuilt from it at every start.
+
+Order of a commit: data written and synced, renamed to `NAME`, sealed by a synced and renamed `NAME.meta`,
+directory synced. So a copy is there once its `.meta` is, and whatever a crash leaves behind is a leftover that
+`recover` removes. The *seal* is the data file's own inode number, size, mtime and ctime after the rename: any change
+by hand, also one that sets mtime back, changes ctime (inode(7)), so each open can tell for the price of an fstat.
+Flips below the file system are found by the checksums (`verify`).
+
+Contract: blocking, for worker threads; the inventory is guarded by a lock and may be asked from any thread.
+Nothing here decides what to keep: see `policy.py` and `tier.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import structlog
+import xxhash
+
+from tierd.node.readonly import open_view
+from tierd.units import display
+
+log = structlog.get_logger(__name__)
+
+CHUNK_BYTES: Final = 4 << 20
+"""What one checksum covers and one fill request reads: JuiceFS's block size."""
+_FORMAT: Final = 1
+_MAGIC: Final = b"tierd copy "
+_SUM_BYTES: Final = 16
+_META, _FILL = ".meta", ".fill"
+_META_BYTES_MAX: Final = 64 << 20
+_SYNC_FILE_RANGE_WRITE: Final = 2
+"""sync_file_range(2): start writing now, so that the commit's fdatasync finds little left to do."""
+
+_OPEN_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""What lies there may be anything by now: no link is followed, and a pipe is not waited for."""
+_OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing about a copy: it is a miss this time, and stays."""
+_OUR_NAME: Final = re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+(\.meta)?(\.fill)?")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Identity(NamedTuple):
+    """One content version of a source file: inode number, size in bytes, times in nanoseconds."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    def same_bytes_likely(self, other: Identity) -> bool:
+        """True if all but ctime agree: a chmod, or a write with the time set back. The checksums decide."""
+        return self[:3] == other[:3]
+
+
+class Seal(NamedTuple):
+    """The data file as it was committed."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Damaged(Exception):
+    """A copy is not what was committed; `str()` says what is wrong."""
+
+
+class Removed(Damaged):
+    """A copy is not there any more, and nothing is wrong with that."""
+
+    def __init__(self) -> None:
+        super().__init__("was removed")
+
+
+class Copy:
+    """A committed copy. Immutable but for what it is a copy of, which `Store.relabel` replaces as a whole."""
+
+    __slots__ = ("identity", "model", "name", "path", "removed", "seal")
+
+    def __init__(self, name: str, identity: Identity, path: bytes, model: bytes, seal: Seal) -> None:
+        self.name = name
+        self.identity = identity
+        self.path = path
+        self.model = model
+        self.seal = seal
+        self.removed = False
+
+
+class Draft:
+    """A copy in the making: space is reserved for all of it, chunks are written in any order.
+
+    Contract: each chunk is written by one thread; `Store.commit` or `Store.abandon` ends it. `fd` stays open until
+    `close`, because readers are served from it.
+    """
+
+    def __init__(self, name: str, identity: Identity, path: bytes, model: bytes, fd: int) -> None:
+        self.name = name
+        self.identity = identity
+        self.path = path
+        self.model = model
+        self.fd = fd
+        self.sums = bytearray(_SUM_BYTES * chunk_count(identity.size))
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write bytes. Raises OSError."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self.fd, data[done:], offset + done)
+
+    def seal_chunk(self, chunk: int, digest: bytes) -> None:
+        """All bytes of a chunk were written; their `checksum`. Their way to the disk begins now."""
+        self.sums[chunk * _SUM_BYTES : (chunk + 1) * _SUM_BYTES] = digest
+        _libc.sync_file_range(
+            self.fd, ctypes.c_int64(chunk * CHUNK_BYTES), ctypes.c_int64(CHUNK_BYTES), _SYNC_FILE_RANGE_WRITE
+        )
+
+    def close(self) -> None:
+        """No reader needs it any longer."""
+        os.close(self.fd)
+
+
+def chunk_count(size: int) -> int:
+    """How many chunks a file of `size` bytes has."""
+    return -(-size // CHUNK_BYTES)
+
+
+def checksum(data: memoryview) -> bytes:
+    """XXH3, 128 bits (https://xxhash.com): against accidents, not against forgers; the directory is 0700."""
+    return xxhash.xxh3_128_digest(data)
+
+
+class Store:
+    """See the module. `removed` is told of each copy that was removed, from any thread."""
+
+    def __init__(self, directory: Path, *, removed: Callable[[Copy], None] = lambda copy: None) -> None:
+        self.directory = directory
+        self._removed = removed
+        self._lock = threading.Lock()
+        self._by_inode: dict[int, Copy] = {}
+        self._held: dict[bytes, dict[str, int]] = {}
+        """Bytes of each copy by model and name."""
+        self.held_bytes = 0
+        self.reserved_bytes = 0
+        self._drafts: set[str] = set()
+        self.damaged = 0
+        """Copies found changed or torn since the start, and dropped."""
+        self._next_name = 0
+        self._stamp = time.time_ns()
+        self._dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._view_fd, self.read_only_view = open_view(directory)
+        self.recovered = self._recover()
+
+    def close(self) -> None:
+        """Give the descriptors back; copies that are open stay readable."""
+        os.close(self._dir_fd)
+        os.close(self._view_fd)
+
+    @property
+    def place(self) -> str:
+        """A path that leads to the directory, whatever became of its name."""
+        return f"/proc/self/fd/{self._dir_fd}"
+
+    # --- inventory ---
+
+    def find(self, inode: int) -> Copy | None:
+        """The copy of a source inode, of whatever version."""
+        return self._by_inode.get(inode)
+
+    def copies(self) -> list[Copy]:
+        """All copies, as of now."""
+        with self._lock:
+            return list(self._by_inode.values())
+
+    def __len__(self) -> int:
+        return len(self._by_inode)
+
+    def held_by_model(self) -> dict[bytes, int]:
+        """Committed bytes of each model that has any."""
+        with self._lock:
+            return {model: sum(sizes.values()) for model, sizes in self._held.items()}
+
+    def copies_of(self, model: bytes) -> list[Copy]:
+        """The copies of one model."""
+        return [copy for copy in self.copies() if copy.model == model]
+
+    # --- reading ---
+
+    def open(self, copy: Copy) -> int:
+        """A read-only descriptor of the copy's bytes. Raises Damaged, and drops the copy, if it was tampered with."""
+        try:
+            fd = os.open(copy.name, _OPEN_FLAGS, dir_fd=self._view_fd)
+        except OSError as error:
+            if error.errno in _OUT_OF_RESOURCES or self._drop_damaged(copy, f"cannot be opened: {error.strerror}"):
+                raise Damaged(error.strerror) from None
+            raise Removed from None
+        if seal_of(os.fstat(fd)) != copy.seal:
+            os.close(fd)
+            raise Damaged("was changed by hand") if self._drop_damaged(copy, "was changed by hand") else Removed
+        return fd
+
+    def _drop_damaged(self, copy: Copy, reason: str) -> bool:
+        """False if somebody else removed it before."""
+        with self._lock:
+            now = self._by_inode.get(copy.identity.inode)
+        if now is not None and now.name == copy.name:
+            copy = now  # relabelled since the caller found it: the file is the same
+        if not self.remove(copy):
+            return False
+        log.warning("copy_damaged", path=display(copy.path), file=copy.name, reason=reason, cost="a miss")
+        self.damaged += 1
+        return True
+
+    def verify(self, copy: Copy, *, deep: bool, progress: Callable[[int], None] = lambda _: None) -> str | None:
+        """What is wrong with a copy, or None. `deep` reads its bytes and reports how many to `progress`."""
+        try:
+            fd = self.open(copy)
+        except Removed:
+            return None
+        except Damaged as damage:
+            return str(damage)
+        try:
+            return self._verify_bytes(copy, fd, progress) if deep else None
+        finally:
+            os.close(fd)
+
+    def _verify_bytes(self, copy: Copy, fd: int, progress: Callable[[int], None]) -> str | None:
+        problem = None
+        try:
+            for index, expected in enumerate(self.sums(copy)):
+                data = os.pread(fd, CHUNK_BYTES, index * CHUNK_BYTES)
+                os.posix_fadvise(fd, index * CHUNK_BYTES, len(data), os.POSIX_FADV_DONTNEED)
+                progress(len(data))
+                if checksum(memoryview(data)) != expected:
+                    problem = f"chunk {index} has the wrong checksum"
+                    break
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        if problem is None or not self._drop_damaged(copy, problem):
+            return None
+        with suppress(OSError):
+            os.fsync(self._dir_fd)  # its seal is whole: after a power cut it must not be there again
+        return problem
+
+    def sums(self, copy: Copy) -> Iterator[bytes]:
+        """The checksum of each chunk, from the disk. Raises OSError, ValueError."""
+        _, sums = self._read_meta(copy.name)
+        for start in range(0, len(sums), _SUM_BYTES):
+            yield sums[start : start + _SUM_BYTES]
+
+    # --- writing ---
+
+    def begin(self, identity: Identity, path: bytes, model: bytes) -> Draft:
+        """Reserve space for a copy. Raises OSError, with ENOSPC if there is none."""
+        with self._lock:
+            self._next_name += 1
+            name = f"{identity.inode:x}-{self._stamp:x}-{self._next_name:x}"
+            self._drafts.add(name)
+            self.reserved_bytes += identity.size
+        fd = -1
+        try:
+            fd = os.open(name + _FILL, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
+            os.posix_fallocate(fd, 0, identity.size)
+        except OSError:
+            if fd >= 0:
+                os.close(fd)
+                with suppress(OSError):
+                    os.unlink(name + _FILL, dir_fd=self._dir_fd)
+            self._end_draft(name, identity.size)
+            raise
+        return Draft(name, identity, path, model, fd)
+
+    def _end_draft(self, name: str, size: int) -> bool:
+        """False if it ended already."""
+        with self._lock:
+            if name not in self._drafts:
+                return False
+            self._drafts.discard(name)
+            self.reserved_bytes -= size
+            return True
+
+    def commit(self, draft: Draft) -> Copy:
+        """Make a draft whose chunks are all written a copy; it replaces the one of the same inode. Raises OSError."""
+        if draft.name not in self._drafts:
+            raise OSError(errno.ECANCELED, "the draft was abandoned")
+        os.fdatasync(draft.fd)
+        os.rename(draft.name + _FILL, draft.name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+        seal = seal_of(os.fstat(draft.fd))
+        if seal.size != draft.identity.size:
+            raise OSError(errno.EIO, "the draft is not as long as its file")
+        copy = Copy(draft.name, draft.identity, draft.path, draft.model, seal)
+        self._write_meta(copy, bytes(draft.sums))
+        os.fsync(self._dir_fd)
+        with self._lock:
+            if draft.name not in self._drafts:
+                raise OSError(errno.ECANCELED, "the draft was abandoned")
+            self.reserved_bytes -= draft.identity.size
+            self._drafts.discard(draft.name)
+            before = self._by_inode.get(copy.identity.inode)
+            self._add(copy)
+        if before is not None:
+            self._unlink(before)
+            self._removed(before)
+        return copy
+
+    def abandon(self, draft: Draft) -> None:
+        """Forget a draft (also one whose commit failed); its space returns once it is closed.
+
+        May be called again, and does nothing to what was committed: a daemon that stops meets commits that run.
+        """
+        if not self._end_draft(draft.name, draft.identity.size):
+            return
+        for name in (draft.name + _META, draft.name + _META + _FILL, draft.name, draft.name + _FILL):
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._dir_fd)
+
+    def remove(self, copy: Copy) -> int:
+        """Delete a copy; how many bytes that frees once nobody has it open. May be called again (then 0)."""
+        with self._lock:
+            if copy.removed:
+                return 0
+            self._forget(copy)
+        self._unlink(copy)
+        self._removed(copy)
+        return copy.identity.size
+
+    def relabel(self, copy: Copy, identity: Identity, path: bytes, model: bytes) -> Copy:
+        """The same bytes are known to be another ctime's, or lie under another name now. Raises OSError, ValueError."""
+        _, sums = self._read_meta(copy.name)
+        renewed = Copy(copy.name, identity, path, model, copy.seal)
+        with self._lock:
+            if copy.removed:
+                return copy
+            self._write_meta(renewed, sums)
+            self._forget(copy)
+            self._add(renewed)
+        self._removed(copy)
+        return renewed
+
+    def _add(self, copy: Copy) -> None:
+        before = self._by_inode.get(copy.identity.inode)
+        if before is not None:
+            self._forget(before)
+        self._by_inode[copy.identity.inode] = copy
+        self.held_bytes += copy.identity.size
+        self._held.setdefault(copy.model, {})[copy.name] = copy.identity.size
+
+    def _forget(self, copy: Copy) -> None:
+        copy.removed = True
+        del self._by_inode[copy.identity.inode]
+        self.held_bytes -= copy.identity.size
+        of_model = self._held[copy.model]
+        del of_model[copy.name]
+        if not of_model:
+            del self._held[copy.model]
+
+    def _unlink(self, copy: Copy) -> None:
+        """The seal goes first: without it the data is a leftover."""
+        for name in (copy.name + _META, copy.name):
+            try:
+                os.unlink(name, dir_fd=self._dir_fd)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                log.warning("copy_not_removed", file=name, reason=error.strerror)
+
+    # --- the sealing file ---
+
+    def _write_meta(self, copy: Copy, sums: bytes) -> None:
+        header = {
+            "format": _FORMAT,
+            "path": display(copy.path),
+            "model": display(copy.model),
+            "identity": list(copy.identity),
+            "chunk_bytes": CHUNK_BYTES,
+            "seal": list(copy.seal),
+        }
+        body = _MAGIC + json.dumps(header).encode("ascii") + b"\n" + sums
+        temporary = copy.name + _META + _FILL
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
+        try:
+            with open(fd, "wb") as file:
+                file.write(body + checksum(memoryview(body)))
+                file.flush()
+                os.fsync(fd)
+            os.rename(temporary, copy.name + _META, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=self._dir_fd)
+            raise
+
+    def _read_meta(self, name: str) -> tuple[dict[str, Any], bytes]:
+        """The header and the chunk checksums. Raises OSError, ValueError."""
+        fd = os.open(name + _META, _OPEN_FLAGS, dir_fd=self._dir_fd)
+        with open(fd, "rb") as file:
+            data = file.read(_META_BYTES_MAX)
+        body, own = data[:-_SUM_BYTES], data[-_SUM_BYTES:]
+        if not body.startswith(_MAGIC) or checksum(memoryview(body)) != own:
+            raise ValueError("its .meta file is damaged")
+        line, _, sums = body[len(_MAGIC) :].partition(b"\n")
+        header = json.loads(line)
+        if header.get("format") != _FORMAT or header.get("chunk_bytes") != CHUNK_BYTES:
+            raise ValueError("its format is another version's")
+        return header, sums
+
+    # --- leftovers ---
+
+    def leftovers(self) -> list[str]:
+        """Files of ours that belong to no copy and to no draft. What others keep in the directory is not ours."""
+        with self._lock:
+            ours = {entry for copy in self._by_inode.values() for entry in (copy.name, copy.name + _META)}
+            ours |= {
+                entry for name in self._drafts for entry in (name, name + _FILL, name + _META, name + _META + _FILL)
+            }
+            return sorted(filter(_OUR_NAME.fullmatch, set(os.listdir(self._dir_fd)) - ours))
+
+    def remove_leftovers(self) -> int:
+        """Remove them; how many went."""
+        return sum(self._remove_leftover(name) for name in self.leftovers())
+
+    # --- start ---
+
+    def _recover(self) -> dict[str, int]:
+        """Take up what is whole, remove what is not; how many of each."""
+        counts = {"copies": 0, "leftovers": 0, "damaged": 0}
+        names = filter(_OUR_NAME.fullmatch, os.listdir(self._dir_fd))
+        found = []
+        for name in (name.removesuffix(_META) for name in names if name.endswith(_META)):
+            try:
+                found.append(self._recover_copy(name))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                log.warning("copy_dropped", file=name, reason=str(error))
+                counts["damaged"] += 1
+        for copy in sorted(found, key=lambda copy: copy.seal.ctime_ns):
+            self._add(copy)  # a crash may have left two versions of a file: the one committed last wins
+        counts["copies"] = len(self._by_inode)
+        counts["leftovers"] = self.remove_leftovers()
+        return counts
+
+    def _recover_copy(self, name: str) -> Copy:
+        header, sums = self._read_meta(name)
+        identity, seal = Identity(*header["identity"]), Seal(*header["seal"])
+        if seal_of(os.stat(name, dir_fd=self._dir_fd, follow_symlinks=False)) != seal or seal.size != identity.size:
+            raise ValueError("it was changed by hand or torn by a crash")
+        if len(sums) != _SUM_BYTES * chunk_count(identity.size):
+            raise ValueError("its checksums are incomplete")
+        return Copy(name, identity, _bytes(header["path"]), _bytes(header["model"]), seal)
+
+    def _remove_leftover(self, name: str) -> bool:
+        try:
+            if not stat.S_ISDIR(os.stat(name, dir_fd=self._dir_fd, follow_symlinks=False).st_mode):
+                os.unlink(name, dir_fd=self._dir_fd)
+                return True
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                log.warning("leftover_not_removed", file=name, reason=error.strerror)
+        return False
+
+    def check(self) -> None:
+        """Assert the invariants; for tests."""
+        with self._lock:
+            assert self.held_bytes == sum(copy.identity.size for copy in self._by_inode.values())
+            assert self.held_bytes == sum(sum(sizes.values()) for sizes in self._held.values())
+            assert self.reserved_bytes >= 0
+            assert not any(copy.removed for copy in self._by_inode.values())
+
+
+def seal_of(st: os.stat_result) -> Seal:
+    """The seal that a data file has now."""
+    return Seal(st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+@contextmanager
+def opened(store: Store, copy: Copy) -> Iterator[int]:
+    """A descriptor of a copy for the length of a `with`. Raises Damaged."""
+    fd = store.open(copy)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
