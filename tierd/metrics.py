@@ -20,6 +20,8 @@ _ERRNO_NAMES = (
 ERRNO_LABELS = {getattr(_errno, name): name for name in _ERRNO_NAMES}
 """errno values that get a series of their own, by number; all others count as `other`."""
 
+DATA_SOURCES = ("node_tier", "fill", "source")
+"""Whence a reader's bytes come: a whole copy, a file on its way to the node, the source itself."""
 _LATENCY_BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
 )  # fmt: skip
@@ -35,12 +37,31 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._opens = Counter("tierd_opens", "Files opened for reading.", ["model"], registry=registry)
         self._loads = Counter("tierd_loads", "Loads begun: runs of opens of one model.", ["model"], registry=registry)
+        self._node_tier_opens = Counter(
+            "tierd_node_tier_opens", "Opens of models' files: a hit reads from the node tier alone.", ["result"],
+            registry=registry,
+        )  # fmt: skip
+        self._from_node = {True: self._node_tier_opens.labels("hit"), False: self._node_tier_opens.labels("miss")}
         self._read_bytes = Counter(
             "tierd_read_bytes",
             "Bytes that the daemon itself served, counted at close.",
             ["model"],
             registry=registry,
         )
+        self._path_opens = Counter(
+            "tierd_path_opens", "Files opened for reading and closed again, by whence and by whom their bytes came.",
+            ["source", "mover"], registry=registry,
+        )  # fmt: skip
+        self._path_bytes = Counter(
+            "tierd_path_bytes", "Bytes that the daemon moved, by whence; what the kernel moves is not observable.",
+            ["source"], registry=registry,
+        )  # fmt: skip
+        self._opens_of_path = {
+            (source, by_kernel): self._path_opens.labels(source, "kernel" if by_kernel else "daemon")
+            for source in DATA_SOURCES
+            for by_kernel in (True, False)
+        }
+        self._bytes_of_path = {source: self._path_bytes.labels(source) for source in DATA_SOURCES}
         self.written_bytes = Counter("tierd_written_bytes", "Bytes written to the source.", registry=registry)
         self._errors = Counter(
             "tierd_request_errors", "Requests answered with an error, by errno.", ["errno"], registry=registry
@@ -77,16 +98,23 @@ class Metrics:
         """A request was answered with errno `number`."""
         self._errors.labels(ERRNO_LABELS.get(number, OTHER)).inc()
 
-    def opened(self, model: bytes | None, *, load_begins: bool) -> None:
-        """A file was opened for reading."""
+    def opened(self, model: bytes | None, *, load_begins: bool, from_node: bool = False) -> None:
+        """A file was opened for reading; `from_node`: all its bytes come from the node tier."""
         label = self._count_model(model)
         self._opens.labels(label).inc()
+        if model is not None:
+            self._from_node[from_node].inc()
         if load_begins:
             self._loads.labels(label).inc()
 
     def closed(self, model: bytes | None, bytes_read: int) -> None:
         """A file was closed."""
         self._read_bytes.labels(self._count_model(model)).inc(bytes_read)
+
+    def read_ended(self, source: str, by_kernel: bool, bytes_read: int) -> None:
+        """A file opened for reading was closed: one of DATA_SOURCES, who moved its bytes, how many the daemon moved."""
+        self._opens_of_path[source, by_kernel].inc()
+        self._bytes_of_path[source].inc(bytes_read)
 
     def event_dropped(self) -> None:
         """The journal was full."""
@@ -121,6 +149,66 @@ class Metrics:
             return OTHER
         label = self._models[model] = model.decode("utf-8", "backslashreplace")
         return label
+
+
+class TierMetrics:
+    """What the node tier counts. Bytes that the kernel moves by itself are not observable: opens by path are."""
+
+    _OUTCOMES = ("complete", "changed", "no_space", "refused", "failed")
+    _REASONS = ("room", "watermark", "asked", "stale", "damaged")
+    _FILL_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0)
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._fills = Counter("tierd_fills", "Fills ended, by outcome.", ["outcome"], registry=registry)
+        self._fill_seconds = Histogram(
+            "tierd_fill_seconds", "Time from the first wish for a file to its verified copy.",
+            buckets=self._FILL_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self._filled_bytes = Counter("tierd_filled_bytes", "Bytes that became copies.", registry=registry)
+        self._evictions = Counter("tierd_evictions", "Copies removed, by reason.", ["reason"], registry=registry)
+        self._evicted_bytes = Counter("tierd_evicted_bytes", "Bytes removed, by reason.", ["reason"], registry=registry)
+        self._stale = Counter(
+            "tierd_stale_serves", "Opens served by a copy because the source did not answer.", registry=registry
+        )
+        self._refused = Counter("tierd_fills_refused", "Files that were not wanted on the node.", registry=registry)
+        for outcome in self._OUTCOMES:
+            self._fills.labels(outcome)
+        for reason in self._REASONS:
+            self._evictions.labels(reason)
+            self._evicted_bytes.labels(reason)
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Export `value()` at each scrape."""
+        Gauge(f"tierd_{name}", text, registry=self.registry).set_function(value)
+
+    def fill_ended(self, outcome: str, seconds: float, size: int) -> None:
+        """A fill ended; `size` bytes became a copy."""
+        self._fills.labels(outcome).inc()
+        if outcome == "complete":
+            self._fill_seconds.observe(seconds)
+            self._filled_bytes.inc(size)
+
+    def evicted(self, reason: str, size: int) -> None:
+        """A copy was removed."""
+        self._evictions.labels(reason).inc()
+        self._evicted_bytes.labels(reason).inc(size)
+
+    def stale_served(self) -> None:
+        """A copy was served though the source did not answer."""
+        self._stale.inc()
+
+    def refused(self) -> None:
+        """A file was not wanted on the node."""
+        self._refused.inc()
+
+    def totals(self) -> dict[str, int]:
+        """The counters that `tierd status` shows."""
+        counters = {
+            "fills": self._fills, "filled_bytes": self._filled_bytes, "evictions": self._evictions,
+            "evicted_bytes": self._evicted_bytes, "stale_serves": self._stale, "fills_refused": self._refused,
+        }  # fmt: skip
+        return {name: int(_sum(counter)) for name, counter in counters.items()}
 
 
 def _sum(counter: Counter) -> float:

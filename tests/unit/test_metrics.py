@@ -49,10 +49,20 @@ def test_no_model_is_other(metrics: Metrics) -> None:
     assert samples(metrics, "tierd_read_bytes_total") == {OTHER: 5}
 
 
+def test_opens_of_models_are_hits_or_misses_of_the_node_tier(metrics: Metrics) -> None:
+    metrics.opened(b"models/a", load_begins=True, from_node=True)
+    metrics.opened(b"models/b", load_begins=True, from_node=True)
+    metrics.opened(b"models/a", load_begins=False, from_node=False)
+    metrics.opened(None, load_begins=False, from_node=True)
+    metrics.opened(None, load_begins=False)
+    assert samples(metrics, "tierd_node_tier_opens_total") == {"hit": 2, "miss": 1}
+
+
 def test_counters_exist_before_their_first_event(metrics: Metrics) -> None:
     """A series that appears with its first increment hides that increment from rate(), and absent() alerts fire."""
     for name in ("tierd_opens_total", "tierd_loads_total", "tierd_read_bytes_total"):
         assert samples(metrics, name) == {OTHER: 0}, name
+    assert samples(metrics, "tierd_node_tier_opens_total") == {"hit": 0, "miss": 0}
     assert set(samples(metrics, "tierd_dropped_total")) == {"journal_event", "index_write", "index_row"}
 
 

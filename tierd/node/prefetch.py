@@ -1,0 +1,66 @@
+"""Prefetch: hot models come to the node by themselves, on start and continuously. `policy.py` decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+import trio
+
+from tierd.node.fill import Priority
+from tierd.node.tier import NodeTier
+from tierd.policy import Candidate, Choice, prefetch_order
+from tierd.units import display
+
+log = structlog.get_logger(__name__)
+
+_INTERVAL_SECONDS = 30.0
+_CANDIDATES_MAX = 100
+MIN_HEAT = 0.1
+"""A model loaded once is prefetched until it was idle for a bit more than three half-lives."""
+
+
+class Prefetcher:
+    """Queues what is missing of the hottest and of the pinned models, at most `_CANDIDATES_MAX` beyond the pinned."""
+
+    def __init__(self, tier: NodeTier) -> None:
+        self._tier = tier
+        self._wakeup = trio.Event()
+
+    def needed(self) -> None:
+        """A pin was set: look now (from the trio thread)."""
+        self._wakeup.set()
+
+    async def run(self) -> None:
+        """Prefetch until cancelled."""
+        while True:
+            try:
+                await trio.to_thread.run_sync(self._look)
+            except OSError as error:
+                log.warning("prefetch_failed", reason=error.strerror)
+            with trio.move_on_after(_INTERVAL_SECONDS):
+                await self._wakeup.wait()
+            self._wakeup = trio.Event()
+
+    def _look(self) -> None:
+        if self._tier.filler.busy_for_readers():
+            return
+        for choice in self.plan():
+            if choice.take:
+                queued = self._tier.want_model(choice.model, Priority.PREFETCH)
+                log.info("prefetch", model=display(choice.model), bytes=queued, why=choice.reason)
+
+    def plan(self) -> Sequence[Choice]:
+        """What prefetch would do now, each line with its reason. Blocking."""
+        tier, usage = self._tier, self._tier.usage
+        candidates = [
+            Candidate(model, missing, usage.heat(model), usage.pinned(model))
+            for model in usage.hottest(_CANDIDATES_MAX)
+            if (missing := self._missing_bytes(model)) is not None
+        ]
+        return prefetch_order(candidates, tier.residents(), tier.space(), tier.settings.marks, MIN_HEAT)
+
+    def _missing_bytes(self, model: bytes) -> int | None:
+        """None for a model that left the source."""
+        files = self._tier.files_of(model)
+        return sum(file.identity.size for file in files if not self._tier.has(file)) if files else None
