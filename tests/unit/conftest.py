@@ -32,6 +32,7 @@ class Reads:
     def __init__(self) -> None:
         self.targets: dict[int, ReadTarget] = {}
         self.changed: list[int] = []
+        self.dropped: list[int] = []
         self.offers = False
         self.backed: Counter[int] = Counter()
         self.passed_through: dict[int, int] = {}
@@ -49,6 +50,14 @@ class Reads:
     def attributes_changed(self, node_id: int) -> None:
         """The kernel would ask again."""
         self.changed.append(node_id)
+
+    def drop_pages(self, node_id: int) -> None:
+        """The kernel would drop its pages."""
+        self.dropped.append(node_id)
+
+    def offers_passthrough(self) -> bool:
+        """As told."""
+        return self.offers
 
     def back(self, node_id: int, fd: int) -> int | None:
         """The backing of a node is its ID plus a thousand."""
@@ -185,4 +194,4 @@ def gate() -> Iterator[Gate]:
 @pytest.fixture(autouse=True)
 def _files_of_any_size_may_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest size that does is tested on real mounts (`test_locks_hold_between_readers_and_writers`)."""
-    monkeypatch.setattr("tierd.node.overlay._PASSTHROUGH_BYTES_MIN", 0)
+    monkeypatch.setattr("tierd.node.files.PASSTHROUGH_BYTES_MIN", 0)

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from tierd.node.files import OpenedFile
 from tierd.node.inodes import ROOT_ID
-from tierd.node.overlay import Caller, Entry, OpenedFile, Overlay
+from tierd.node.overlay import Overlay
+from tierd.node.reach import Caller, Entry
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import pytest
 import typer.main
 
 from tierd.cli import app
-from tierd.config import MountSettings, host_port, load, relative_root
+from tierd.config import MountSettings, host_port, load, relative_root, size_bytes
 from tierd.errors import UsageError
 
 PATHS = {"source": "/source", "mountpoint": "/mnt"}
@@ -269,7 +269,9 @@ def test_every_setting_has_its_option() -> None:
     assert mount_options().keys() == MountSettings.model_fields.keys() - PATHS.keys()
 
 
-TOLD_IN_WORDS = {"state_dir", "log_file", "allow_other"}
+TOLD_IN_WORDS = {"state_dir", "log_file", "allow_other", "cache_dir", "free_space_target"}
+SIZES = {"cache_size", "fill_bandwidth"}
+SWITCHES = {"yes": True, "no": False}
 """Their default is decided at run time, and None in the settings."""
 
 
@@ -282,5 +284,9 @@ def test_help_tells_the_default(name: str) -> None:
         assert default is None
     elif isinstance(default, tuple):
         assert tuple(told[1].split(", ")) == default
+    elif name in SIZES:
+        assert size_bytes(told[1]) == default
+    elif isinstance(default, bool):
+        assert SWITCHES[told[1]] == default
     else:
         assert type(default)(told[1]) == default

@@ -14,13 +14,12 @@ from trio.testing import MockClock
 
 from tests.unit.conftest import Bench, Gate, end_bench, make_bench
 from tests.unit.kernel import CALLER
-from tierd.node import overlay as overlay_module
+from tierd.node import files as files_module
 from tierd.node.inodes import ROOT_ID
 from tierd.node.journal import Closed, Event, Opened
-from tierd.node.overlay import Caller
+from tierd.node.reach import YOUNG_SECONDS, Caller
 from tierd.node.sources import Changes
 
-YOUNG_SECONDS = overlay_module._YOUNG_SECONDS
 TIMEOUT_SECONDS = 20.0
 
 
@@ -960,7 +959,7 @@ async def test_metadata_goes_on_while_every_read_hangs(
     (bench.beneath / "a").write_bytes(b"content")
     (bench.beneath / "d").mkdir()
     opened = await bench.kernel.open(b"a")
-    monkeypatch.setattr(overlay_module, "read_at", gate.hold(overlay_module.read_at))
+    monkeypatch.setattr(files_module, "read_at", gate.hold(files_module.read_at))
     readers = int(overlay.data_limit.total_tokens) + 20
     async with trio.open_nursery() as nursery:
         for _ in range(readers):

@@ -10,13 +10,16 @@ because closing a file on a stalled network file system may block.
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
+from tierd.node.fill import Fill
 from tierd.node.inodes import InodeTable, Node
 from tierd.node.seam import ReadTarget
 from tierd.node.sources import Moved, PosixSource, Ref
+from tierd.node.store import Copy
 
 
 class Handle:
@@ -41,9 +44,11 @@ class FileHandle(Handle):
     """One open file. `recorded_path` is what its open was recorded under, and its close must be; None if it was not.
 
     `dirty`: something was written through it; `backed`: the kernel reads by itself (passthrough).
+    `model` is what it holds a lease on. One that reads the node tier's `copy` has no descriptor of the source (`fd` is
+    -1) and remembers its `attributes`; one with a `fill` is served as that lands.
     """
 
-    __slots__ = ("backed", "dirty", "recorded_path", "target", "writable")
+    __slots__ = ("attributes", "backed", "copy", "dirty", "fill", "model", "recorded_path", "target", "writable")
 
     def __init__(self, fh: int, node: Node, fd: int, writable: bool) -> None:
         super().__init__(fh, node, fd)
@@ -52,6 +57,10 @@ class FileHandle(Handle):
         self.recorded_path: bytes | None = None
         self.backed = False
         self.dirty = False
+        self.model: bytes | None = None
+        self.copy: Copy | None = None
+        self.fill: Fill | None = None
+        self.attributes: os.stat_result | None = None
 
 
 class DirHandle(Handle):
@@ -144,11 +153,33 @@ class DirCache:
             at = at.parent
         for child in reversed(missing):
             try:
-                fd = await self._run(self._source.open_dir, Ref(entry.fd, child.name, child.key), os.O_PATH)
+                fd = await self._open_path(Ref(entry.fd, child.name, child.key))
             finally:
                 self.leave(entry)
             entry = self._keep(child, fd)
         return entry
+
+    async def _open_path(self, ref: Ref) -> int:
+        """If whoever asks gives up, its thread goes on, and closes what it gets too late."""
+        lock, given_up = threading.Lock(), False
+        opened: list[int] = []
+
+        def open_path() -> int:
+            fd = self._source.open_dir(ref, os.O_PATH)
+            with lock:
+                opened.append(fd)
+                if given_up:
+                    os.close(fd)
+            return fd
+
+        try:
+            return await self._run(open_path)
+        except BaseException:
+            with lock:
+                given_up = True
+                for fd in opened:
+                    os.close(fd)
+            raise
 
     def _keep(self, node: Node, fd: int) -> _DirFd:
         raced = self.peek(node)

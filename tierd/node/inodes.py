@@ -18,6 +18,7 @@ from tierd.node.sources import Key, Moved, Version
 
 if TYPE_CHECKING:
     from tierd.node.handles import Handle
+    from tierd.node.store import Copy
 
 ROOT_ID = 1
 _OTHER_NAMES_MAX = 64
@@ -33,12 +34,14 @@ class Node:
     links. `lookups` is the kernel's lookup count. `version` is the content that this node ID stands
     for, packed by `pack`; None until known. `handles` are the open ones; `dirty` counts those of
     them that wrote something, `backed` those that the kernel serves by itself (passthrough; it allows no
-    others beside them). Slots, because a walk over 100,000 files makes 100,000 of them.
+    others beside them), from the node tier's `copy` or, if that is None, from the source. Slots, because a walk
+    over 100,000 files makes 100,000 of them. `attributes`, the last ones seen, are kept of directories and of files
+    that the node tier has: they are told when the source does not answer.
     """
 
     __slots__ = (
-        "backed", "dirty", "handles", "id", "key", "lookups", "name", "others", "parent", "retired",
-        "version", "young_until",
+        "attributes", "backed", "copy", "dirty", "handles", "id", "key", "lookups", "name", "others", "parent",
+        "retired", "version", "young_until",
     )  # fmt: skip
 
     def __init__(self, node_id: int, key: Key, parent: Node | None, name: bytes) -> None:
@@ -51,6 +54,8 @@ class Node:
         self.version: int | None = None
         self.dirty = 0
         self.backed = 0
+        self.copy: Copy | None = None
+        self.attributes: os.stat_result | None = None
         self.handles: list[Handle] | None = None
         self.retired = False
         self.young_until = 0.0
@@ -111,6 +116,10 @@ class InodeTable:
             self.add_name(node, parent, name)
         node.lookups += 1
         return node
+
+    def named(self, parent: Node, name: bytes) -> Node | None:
+        """The live node that a name meant last. Looks at all of them: for a source that does not answer."""
+        return next((node for node in self._by_key.values() if node.parent is parent and node.name == name), None)
 
     def forget(self, node_id: int, count: int) -> Node | None:
         """The kernel dropped `count` lookups; the node if those were the last. Total: unknown IDs are ignored."""

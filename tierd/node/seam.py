@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 
@@ -56,11 +56,14 @@ _INIT_IN_FLAGS_AT = _IN_HEADER.size + 12
 _OPEN_OUT = struct.Struct("=QIi")
 """fh, open_flags, backing_id"""
 _READ_IN = struct.Struct("=QQI")
+_INTERRUPT_IN = struct.Struct("=Q")
 _OPEN_IN_FLAGS = struct.Struct("=I")
 
 _INVAL_INODE = struct.Struct("=IiQQqq")
 
-_OP_OPEN, _OP_READ, _OP_INIT, _OP_INTERRUPT = 14, 15, 26, 36
+_RELEASE_IN_FH = struct.Struct("=Q")
+_OP_LOOKUP, _OP_OPEN, _OP_READ, _OP_RELEASE, _OP_INIT, _OP_INTERRUPT = 1, 14, 15, 18, 26, 36
+_SHORT = frozenset({_OP_LOOKUP, _OP_OPEN, _OP_RELEASE})
 _NOTIFY_INVAL_INODE = 2
 _SPLICE_FLAGS = (1 << 7) | (1 << 8) | (1 << 9)
 """libfuse would splice from its device, which a socket of packets does not allow."""
@@ -76,8 +79,16 @@ _HEADER_ROOM = 4096
 _MESSAGE_BYTES_MAX = READ_BYTES_MAX + _HEADER_ROOM
 _SOCKET_BYTES = 8 * _MESSAGE_BYTES_MAX
 _SIOCOUTQ = 0x5411
-_READ_THREADS = 16
+_PUMPS_IN = 4
+"""Threads that read the device. A request for a hot file is answered right there and may wait for the source; one of
+them never does."""
+_SHORT_SECONDS = 0.5
+"""How long a pump may be at a request before that goes the long way."""
+_SOURCE_THREADS = 16
 """A file that the source takes long to read holds one of them."""
+_LOCAL_THREADS = 8
+"""For bytes of this node's own disk: they wait for no source."""
+_NOTICES_MAX = 10_000
 _NOBUFS_PAUSE_SECONDS = 0.001
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -85,14 +96,52 @@ _MS_NOSUID, _MS_NODEV = 2, 4
 _MNT_DETACH = 2
 
 
+class Gate(Protocol):
+    """Says when bytes that are still on their way can be read."""
+
+    def ready(self, offset: int, size: int, resume: Callable[[], None]) -> bool:
+        """True if they are there; else `resume` is called once, from any thread, as soon as they are."""
+
+
+class ShortWay(Protocol):
+    """Answers requests for hot files where they are read; None or False for the long way. See `hot.py`.
+
+    `claim` says, at the last moment, whether the answer is still wanted: one that took too long goes the long way.
+    """
+
+    def lookup(self, parent_id: int, name: bytes, claim: Callable[[], bool]) -> bytes | None:
+        """The body of the answer to LOOKUP."""
+
+    def open(self, node_id: int, uid: int, pid: int, claim: Callable[[], bool]) -> tuple[int, int] | None:
+        """Handle and backing ID for an OPEN that reads."""
+
+    def release(self, fh: int) -> bool:
+        """True if the handle was one of these."""
+
+
 class ReadTarget:
-    """A descriptor that READs of one handle are served from, and how many bytes were."""
+    """A descriptor that READs of one handle are served from, and how many bytes were.
 
-    __slots__ = ("bytes_read", "fd")
+    `gate`: not all bytes are there yet. `local`: the descriptor is of this node's own disk, so its reads do not
+    queue behind those of a source that may stall.
+    """
 
-    def __init__(self, fd: int) -> None:
+    __slots__ = ("bytes_read", "fd", "gate", "local")
+
+    def __init__(self, fd: int, *, local: bool = False) -> None:
         self.fd = fd
+        self.local = local
+        self.gate: Gate | None = None
         self.bytes_read = 0
+
+
+class _Read(NamedTuple):
+    """One READ request."""
+
+    unique: int
+    target: ReadTarget
+    offset: int
+    size: int
 
 
 def open_device(mountpoint: Path, *, allow_other: bool) -> int:
@@ -142,8 +191,15 @@ class Seam:
     to ask for it; `passthrough_agreed` is None until the kernel has sent INIT, then whether it offered it.
     """
 
-    def __init__(self, device: int, ended: Callable[[], None], *, passthrough: bool) -> None:
+    def __init__(
+        self, device: int, ended: Callable[[], None], *, passthrough: bool, short_way: ShortWay | None = None
+    ) -> None:
         self.device = device
+        self._short_way = short_way
+        self._short: dict[int, tuple[float, bytes]] = {}
+        """Requests that pumps are at, by unique: since when, and the message."""
+        self._short_now = 0
+        self._short_lock = threading.Lock()
         self._ended = ended
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._room = min(_widen(ours), _widen(theirs))
@@ -159,14 +215,24 @@ class Seam:
         self._init_unique: int | None = None
         self._closed = False
         self._counting = threading.Lock()
-        self._reads: queue.SimpleQueue[tuple[int, ReadTarget, int, int] | None] = queue.SimpleQueue()
+        self._source_reads: _Reads = queue.SimpleQueue()
+        self._local_reads: _Reads = queue.SimpleQueue()
+        self._parked: dict[int, _Read] = {}
+        self._notices: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.notices_dropped = 0
+        self.reads = 0
+        """READ requests that the kernel sent here, whoever answered them."""
         self._threads = [
-            threading.Thread(target=self._guarded, args=(pump,), name=name, daemon=True)
-            for pump, name in ((self._pump_in, "seam-in"), (self._pump_out, "seam-out"))
-        ] + [
-            threading.Thread(target=self._guarded, args=(self._serve_reads,), name=f"seam-read-{i}", daemon=True)
-            for i in range(_READ_THREADS)
+            *(self._thread(f"seam-in-{i}", self._pump_in) for i in range(_PUMPS_IN)),
+            self._thread("seam-out", self._pump_out),
+            self._thread("seam-notify", self._notify),
+            self._thread("seam-watch", self._watch_short),
+            *(self._thread(f"seam-source-{i}", self._serve_reads, self._source_reads) for i in range(_SOURCE_THREADS)),
+            *(self._thread(f"seam-local-{i}", self._serve_reads, self._local_reads) for i in range(_LOCAL_THREADS)),
         ]
+
+    def _thread(self, name: str, body: Callable[..., None], *args: Any) -> threading.Thread:
+        return threading.Thread(target=self._guarded, args=(body, *args), name=name, daemon=True)
 
     @property
     def mountpoint(self) -> str:
@@ -180,7 +246,11 @@ class Seam:
 
     def queued_reads(self) -> int:
         """READs that wait for a thread."""
-        return self._reads.qsize()
+        return self._source_reads.qsize() + self._local_reads.qsize()
+
+    def parked_reads(self) -> int:
+        """READs that wait for bytes on their way; no thread waits with them."""
+        return len(self._parked)
 
     def congested(self) -> bool:
         """True if replies fill half of the room on their way to the kernel.
@@ -196,9 +266,26 @@ class Seam:
         size = _INVAL_INODE.size
         self._answer([memoryview(_INVAL_INODE.pack(size, _NOTIFY_INVAL_INODE, 0, node_id, -1, 0))])
 
+    def drop_pages(self, node_id: int) -> None:
+        """Have the kernel drop its cached pages of a node, some time soon and from a thread of its own."""
+        if self._notices.qsize() < _NOTICES_MAX:
+            self._notices.put(node_id)
+        else:
+            self.notices_dropped += 1
+
+    def _notify(self) -> None:
+        """FUSE_NOTIFY_INVAL_INODE waits for READs in work, so neither a pump nor the event loop may send it."""
+        while (node_id := self._notices.get()) is not None:
+            size = _INVAL_INODE.size
+            self._answer([memoryview(_INVAL_INODE.pack(size, _NOTIFY_INVAL_INODE, 0, node_id, 0, 0))])
+
     def serve_reads(self, fh: int, target: ReadTarget) -> None:
         """From now on READs of handle `fh` are answered from `target`."""
         self._targets[fh] = target
+
+    def offers_passthrough(self) -> bool:
+        """True once the kernel has agreed to it."""
+        return bool(self.passthrough_agreed)
 
     def back(self, node_id: int, fd: int) -> int | None:
         """A backing ID for one more open of a node; None if the kernel offers no passthrough or refuses."""
@@ -228,17 +315,20 @@ class Seam:
             subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], capture_output=True, check=False)
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)
-        for _ in range(_READ_THREADS):
-            self._reads.put(None)
+        for _ in range(_SOURCE_THREADS):
+            self._source_reads.put(None)
+        for _ in range(_LOCAL_THREADS):
+            self._local_reads.put(None)
+        self._notices.put(None)
 
-    def _guarded(self, pump: Callable[[], None]) -> None:
+    def _guarded(self, body: Callable[..., None], *args: Any) -> None:
         try:
-            pump()
+            body(*args)
         except OSError as error:
             if error.errno not in _END_ERRORS:
-                log.exception("seam_failed", pump=threading.current_thread().name)
+                log.exception("seam_failed", thread=threading.current_thread().name)
         except Exception:
-            log.exception("seam_failed", pump=threading.current_thread().name)
+            log.exception("seam_failed", thread=threading.current_thread().name)
         if not self._closed:
             self._ended()
 
@@ -254,8 +344,12 @@ class Seam:
                 if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
                     continue
                 raise
-            _, opcode, unique, *_ = _IN_HEADER.unpack_from(buffer)
+            if size < _IN_HEADER.size:  # no request: what the buffer holds is the one before
+                continue
+            _, opcode, unique, node_id, uid, _, pid, _, _ = _IN_HEADER.unpack_from(buffer)
             if opcode == _OP_READ and self._queue_read(buffer, unique):
+                continue
+            if opcode in _SHORT and self._answer_short(opcode, unique, node_id, uid, pid, view[:size]):
                 continue
             if opcode == _OP_INIT:
                 self._init_unique = unique
@@ -263,12 +357,82 @@ class Seam:
                 self.passthrough_agreed = bool(self._passthrough and flags & _INIT_EXT and flags2 & _INIT2_PASSTHROUGH)
                 _INIT_IN_FLAGS.pack_into(buffer, _INIT_IN_FLAGS_AT, flags & ~_SPLICE_FLAGS, flags2)
             elif opcode == _OP_OPEN:
-                (open_flags,) = _OPEN_IN_FLAGS.unpack_from(buffer, _IN_HEADER.size)
-                if open_flags & os.O_ACCMODE == os.O_RDONLY:
-                    self._read_only_opens.add(unique)
+                self._note_request(buffer)
             elif opcode == _OP_INTERRUPT:
+                self._interrupt(*_INTERRUPT_IN.unpack_from(buffer, _IN_HEADER.size))
                 continue  # pyfuse3 has no use for it, and libfuse would keep those of our READs for ever
             self._forward(view[:size])
+
+    def _note_request(self, message: bytes | bytearray) -> None:
+        """Remember which OPENs read only, for their replies."""
+        _, opcode, unique, *_ = _IN_HEADER.unpack_from(message)
+        if opcode == _OP_OPEN:
+            (flags,) = _OPEN_IN_FLAGS.unpack_from(message, _IN_HEADER.size)
+            if flags & os.O_ACCMODE == os.O_RDONLY:
+                self._read_only_opens.add(unique)
+
+    def _answer_short(self, opcode: int, unique: int, node_id: int, uid: int, pid: int, message: memoryview) -> bool:
+        """True if the request was answered here."""
+        way = self._short_way
+        if way is None:
+            return False
+        body = message[_IN_HEADER.size :]
+        if opcode == _OP_RELEASE:
+            (fh,) = _RELEASE_IN_FH.unpack_from(body)
+            answer = b"" if way.release(fh) else None
+        elif not self._enter_short(unique, message):
+            return False
+        else:
+            claimed = False
+
+            def claim() -> bool:
+                nonlocal claimed
+                claimed = self._short.pop(unique, None) is not None
+                return claimed
+
+            try:
+                if opcode == _OP_LOOKUP:
+                    answer = way.lookup(node_id, bytes(body[:-1]), claim)
+                else:
+                    answer = self._open_short(way, node_id, uid, pid, body, claim)
+                if not claimed and not claim():
+                    return True  # it took too long and went the long way
+            finally:
+                self._leave_short()
+        if answer is None:
+            return False
+        self._answer([memoryview(_OUT_HEADER.pack(_OUT_HEADER.size + len(answer), 0, unique) + answer)])
+        return True
+
+    def _watch_short(self) -> None:
+        """Send requests whose pump hangs in the source the long way, which has a deadline and other answers."""
+        while not self._closed:
+            time.sleep(_SHORT_SECONDS / 2)
+            late = time.monotonic() - _SHORT_SECONDS
+            for unique, (since, message) in list(self._short.items()):
+                if since < late and self._short.pop(unique, None) is not None:
+                    self._note_request(message)
+                    self._forward(memoryview(message))
+
+    def _open_short(
+        self, way: ShortWay, node_id: int, uid: int, pid: int, body: memoryview, claim: Callable[[], bool]
+    ) -> bytes | None:
+        (flags,) = _OPEN_IN_FLAGS.unpack_from(body)
+        opened = way.open(node_id, uid, pid, claim) if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY else None
+        return _OPEN_OUT.pack(opened[0], _FOPEN_PASSTHROUGH | _FOPEN_NOFLUSH, opened[1]) if opened else None
+
+    def _enter_short(self, unique: int, message: memoryview) -> bool:
+        """One pump always stays free: the source may hang."""
+        with self._short_lock:
+            if self._short_now >= _PUMPS_IN - 1:
+                return False
+            self._short_now += 1
+        self._short[unique] = (time.monotonic(), bytes(message))
+        return True
+
+    def _leave_short(self) -> None:
+        with self._short_lock:
+            self._short_now -= 1
 
     def _forward(self, message: memoryview) -> None:
         """A large packet needs contiguous memory; on a fragmented machine that takes a while."""
@@ -284,10 +448,32 @@ class Seam:
     def _queue_read(self, buffer: bytearray, unique: int) -> bool:
         fh, offset, size = _READ_IN.unpack_from(buffer, _IN_HEADER.size)
         target = self._targets.get(fh)
+        self.reads += 1
         if target is None:
             return False
-        self._reads.put((unique, target, offset, size))
+        read = _Read(unique, target, offset, size)
+        gate = target.gate
+        if gate is None:
+            self._queue(read)
+            return True
+        self._parked[unique] = read
+        if gate.ready(offset, size, lambda: self._resume(unique)):
+            self._resume(unique)
         return True
+
+    def _queue(self, read: _Read) -> None:
+        (self._local_reads if read.target.local else self._source_reads).put(read)
+
+    def _resume(self, unique: int) -> None:
+        """The bytes are there; the READ may have been interrupted meanwhile."""
+        read = self._parked.pop(unique, None)
+        if read is not None:
+            self._queue(read)
+
+    def _interrupt(self, unique: int) -> None:
+        """Somebody gave up waiting: a READ that is parked is answered at once, others will be soon enough."""
+        if self._parked.pop(unique, None) is not None:
+            self._answer([memoryview(_OUT_HEADER.pack(_OUT_HEADER.size, -errno.EINTR, unique))])
 
     # --- libfuse to kernel ---
 
@@ -338,10 +524,10 @@ class Seam:
 
     # --- reads ---
 
-    def _serve_reads(self) -> None:
+    def _serve_reads(self, requests: _Reads) -> None:
         buffer = bytearray(_OUT_HEADER.size + READ_BYTES_MAX)
         view = memoryview(buffer)
-        while (request := self._reads.get()) is not None:
+        while (request := requests.get()) is not None:
             unique, target, offset, size = request
             try:
                 have = _read_fully(target.fd, view[_OUT_HEADER.size : _OUT_HEADER.size + size], offset)
@@ -354,6 +540,8 @@ class Seam:
                 target.bytes_read += have
             self._answer([view[: _OUT_HEADER.size + have]])
 
+
+_Reads = queue.SimpleQueue[_Read | None]
 
 _END_ERRORS = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN})
 """How the device and the socket say that the mount is over."""

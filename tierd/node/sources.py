@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from tierd.errors import UsageError
 from tierd.node.caller import acting_as
+from tierd.units import split
 
 Key = int | tuple[int, int]
 """Identity of a source inode: its number, or (device, number) beyond the source's own device."""
@@ -29,11 +30,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_FORCE_SYNC = 0x2000
 _STATX_BASIC_STATS = 0x7FF
-_STATX_BYTES = 256
+_AT_SYMLINK_NOFOLLOW = 0x100
+_STATX = struct.Struct("=4xI8xIIIH2xQQQ8xqI4x16xqI4xqI4xIIII112x")
+"""struct statx of include/uapi/linux/stat.h: blksize, nlink, uid, gid, mode, ino, size, blocks, atime, ctime, mtime,
+rdev, dev; without mask, attributes and btime."""
 _OPEN_FLAGS_KEPT = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 """What of a pod's open flags reaches the source. Never O_APPEND (the kernel gives the offset, and a
 repeated write must land on the same bytes) nor O_DIRECT (our buffers are not aligned)."""
 _RENAMEAT2_FLAGS = {0, 1, 2}
+_STEP_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _IO_BYTES_MAX = 1 << 30
 
 
@@ -96,20 +101,41 @@ def version_of(st: os.stat_result) -> Version:
 
 
 def forced_version(fd: int) -> Version:
-    """The version of an open file as the metadata server knows it now, past every attribute cache.
+    """The version of an open file as the metadata server knows it now. See `forced_stat`."""
+    return version_of(forced_stat(fd))
+
+
+def forced_stat(fd: int, name: bytes = b"") -> os.stat_result:
+    """Attributes of an open file, or of entry `name` of a directory, past every attribute cache.
 
     statx(2) with AT_STATX_FORCE_SYNC: on JuiceFS plain fstat may be an attribute timeout old.
     May hang as long as the source does.
     """
-    buffer = ctypes.create_string_buffer(_STATX_BYTES)
-    flags = _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC
-    if _libc.statx(fd, b"", flags, _STATX_BASIC_STATS, buffer) != 0:
+    buffer = ctypes.create_string_buffer(_STATX.size)
+    flags = _AT_STATX_FORCE_SYNC | _AT_SYMLINK_NOFOLLOW | (0 if name else _AT_EMPTY_PATH)
+    if _libc.statx(fd, name, flags, _STATX_BASIC_STATS, buffer) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    (size,) = struct.unpack_from("=Q", buffer, 40)
-    ctime_s, ctime_ns = struct.unpack_from("=qI", buffer, 96)
-    mtime_s, mtime_ns = struct.unpack_from("=qI", buffer, 112)
-    return Version(size, mtime_s * 1_000_000_000 + mtime_ns, ctime_s * 1_000_000_000 + ctime_ns)
+    (
+        blksize, nlink, uid, gid, mode, ino, size, blocks, atime_s, atime_ns, ctime_s, ctime_ns, mtime_s, mtime_ns,
+        rdev_major, rdev_minor, dev_major, dev_minor,
+    ) = _STATX.unpack(buffer)  # fmt: skip
+    times = {
+        "st_atime_ns": atime_s * 1_000_000_000 + atime_ns,
+        "st_mtime_ns": mtime_s * 1_000_000_000 + mtime_ns,
+        "st_ctime_ns": ctime_s * 1_000_000_000 + ctime_ns,
+        "st_blksize": blksize,
+        "st_blocks": blocks,
+        "st_rdev": os.makedev(rdev_major, rdev_minor),
+    }
+    device = os.makedev(dev_major, dev_minor)
+    return os.stat_result((mode, ino, device, nlink, uid, gid, size, atime_s, mtime_s, ctime_s), times)
+
+
+def unlinked(st: os.stat_result) -> os.stat_result:
+    """The attributes of an inode after its last name went."""
+    names = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
+    return os.stat_result((*st[:3], 0, *st[4:10]), {name: getattr(st, name) for name in names})
 
 
 def read_at(fd: int, size: int, offset: int) -> bytes:
@@ -190,6 +216,16 @@ class PosixSource:
             raise Moved
         return st
 
+    def forced_stat(self, ref: Ref) -> os.stat_result:
+        """`stat` past every attribute cache. Raises Moved; may hang as long as the source does."""
+        try:
+            st = forced_stat(ref.fd, ref.name or b"")
+        except (FileNotFoundError, NotADirectoryError):
+            raise Moved from None
+        if self.key(st) != ref.key:
+            raise Moved
+        return st
+
     @contextlib.contextmanager
     def _path(self, ref: Ref) -> Iterator[str]:
         """A path that reaches exactly this inode, link or not (`/proc/self/fd/N`, proc(5)). Raises Moved."""
@@ -231,6 +267,22 @@ class PosixSource:
             if error.errno == errno.ENOENT:  # JuiceFS says so of a file that was replaced this moment
                 raise Moved from None
             raise
+
+    def open_path(self, path: bytes, flags: int = os.O_RDONLY) -> int:
+        """A descriptor of what lies at `path` relative to the source, through no link and no `..`. Raises OSError."""
+        if b".." in path.split(b"/"):
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        fd = os.dup(self.root_fd)
+        for name in split(path):
+            parent = fd
+            try:
+                fd = os.open(name, _STEP_FLAGS, dir_fd=parent)
+            finally:
+                os.close(parent)
+        try:
+            return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            os.close(fd)
 
     def open_dir(self, ref: Ref, flags: int = os.O_RDONLY) -> int:
         """A descriptor of a directory: for listing, or with O_PATH for resolving names in it. Raises Moved."""
