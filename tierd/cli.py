@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tierd import __version__, background, client, log
+from tierd.cli_tier import add_commands
 from tierd.config import MountSettings, load
+from tierd.console import (
+    AsJson,
+    Mountpoint,
+    complain,
+    fetch,
+    flat,
+    human_bytes,
+    out,
+    print_json,
+    printable,
+    say,
+    spinner,
+)
 from tierd.errors import DaemonError, TierdError, UsageError
 
 app = typer.Typer(
@@ -34,18 +44,10 @@ app = typer.Typer(
     epilog="Every option of `mount` can also be set as TIERD_NAME in the environment or as `name: value` in a"
     " YAML file (--config); flags win over environment, environment over the file.",
 )
-_out = Console(emoji=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 512)
-"""Into a pipe, names are not cut off to fit a terminal."""
-_err = Console(stderr=True, emoji=False)
 _WrongCall: Any = typer.BadParameter.__mro__[2]
 """What the parser raises for any wrong call: the base of UsageError, which typer does not export by name."""
 _INTERRUPTED = 130
 _TICK_SECONDS = 0.1
-
-_Mountpoint = Annotated[
-    Path | None, typer.Argument(help="Which mount; may be left out if there is only one.", show_default=False)
-]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with stable keys instead of a table.")]
 
 
 def main() -> None:
@@ -54,35 +56,23 @@ def main() -> None:
         sys.exit(app(prog_name="tierd", standalone_mode=False))
     except background.StartFailed as error:
         if error.code < 0:
-            _complain(str(error), "its log may say more")
+            complain(str(error), "its log may say more")
         sys.exit(max(error.code, error.exit_code))
     except TierdError as error:
-        _complain(str(error), error.hint)
+        complain(str(error), error.hint)
         sys.exit(error.exit_code)
     except _WrongCall as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "tierd"
-        _complain(error.format_message(), f"`{command} --help` explains it")
+        complain(error.format_message(), f"`{command} --help` explains it")
         sys.exit(UsageError.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_INTERRUPTED)
 
 
-def _complain(message: str, hint: str) -> None:
-    _say(_err, message, "tierd: ")
-    if hint:
-        _say(_err, hint, "hint: ")
-
-
-def _say(console: Console, text: str, label: str = "") -> None:
-    """One line, however long; nothing in it is markup."""
-    line = Text.assemble((label, "bold"), _printable(text))
-    console.print(line, highlight=False, soft_wrap=True)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
-        _out.print(f"tierd {__version__}", highlight=False)
+        out.print(f"tierd {__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -150,6 +140,44 @@ def mount(
     max_files_known: Annotated[
         int | None, typer.Option(help="Files kept in the index, latest first. [dim]Default: 1000000[/]")
     ] = None,
+    cache_dir: Annotated[
+        str | None,
+        typer.Option(help="The node tier, on local NVMe. [dim]Default: /var/cache/tierd/…, or below ~/.cache[/]"),
+    ] = None,
+    cache_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The most it may hold; 0: no node tier. [dim]Default: 200GiB[/]")
+    ] = None,
+    free_space_ratio: Annotated[
+        float | None,
+        typer.Option(help="Evict once less of the cache's disk is free. [dim]Default: 0.1[/]"),
+    ] = None,
+    free_space_target: Annotated[
+        float | None, typer.Option(help="Free share at which eviction stops. [dim]Default: half as much again[/]")
+    ] = None,
+    fill_bandwidth: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bytes a second for fills nobody waits for; 0: no limit. [dim]Default: 0[/]"),
+    ] = None,
+    fill_workers: Annotated[
+        int | None, typer.Option(help="Streams read from the source at once. [dim]Default: 4[/]")
+    ] = None,
+    prefetch: Annotated[
+        str | None, typer.Option(metavar="yes|no", help="Bring hot models by itself. [dim]Default: yes[/]")
+    ] = None,
+    heat_half_life: Annotated[
+        float | None, typer.Option(help="Seconds in which a load comes to count half (a week). [dim]Default: 604800[/]")
+    ] = None,
+    read_ahead_memory: Annotated[
+        float | None,
+        typer.Option(help="Share of free memory that opened models may fill; 0: no read-ahead. [dim]Default: 0.5[/]"),
+    ] = None,
+    source_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that an open waits for SOURCE if a copy is here. [dim]Default: 2[/]")
+    ] = None,
+    stale_if_unreachable: Annotated[
+        str | None,
+        typer.Option(metavar="yes|no", help="Whether it then gets the copy, as it is. [dim]Default: yes[/]"),
+    ] = None,
     passthrough: Annotated[
         str | None,
         typer.Option(
@@ -158,8 +186,7 @@ def mount(
         ),
     ] = None,
     allow_other: Annotated[
-        bool | None,
-        typer.Option("--allow-other/--no-allow-other", help="Let other users in. [dim]Default: as root, yes[/]"),
+        str | None, typer.Option(metavar="yes|no", help="Let other users in. [dim]Default: as root, yes[/]")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [dim]Default: info[/]")] = None,
     log_format: Annotated[str | None, typer.Option(help="auto, console or json. [dim]Default: auto[/]")] = None,
@@ -200,23 +227,9 @@ def _mount_in_background(settings: MountSettings) -> None:
     assert checked.state_dir is not None
     log_file = settings.log_file or checked.state_dir / "daemon.log"
     arguments = [a for a in sys.argv[1:] if a != "--background"]
-    with _spinner(f"mounting {checked.mountpoint}") as waiting:
+    with spinner(f"mounting {checked.mountpoint}") as waiting:
         pid = background.start(arguments, log_file, waiting)
-    _say(_out, f"mounted {checked.source} at {checked.mountpoint} (process {pid}, log {log_file})")
-
-
-@contextmanager
-def _spinner(text: str) -> Iterator[Any]:
-    """Show that something takes longer than two seconds."""
-    with _err.status("") as status:
-        status.stop()
-
-        def waiting(seconds: float) -> None:
-            if seconds > 2:
-                status.start()
-                status.update(f"{text}: {seconds:.0f} s")
-
-        yield waiting
+    say(out, f"mounted {checked.source} at {checked.mountpoint} (process {pid}, log {log_file})")
 
 
 @app.command()
@@ -240,7 +253,7 @@ def umount(
         return
     process = os.pidfd_open(record.pid)  # readable once the process has ended, pidfd_open(2)
     os.kill(record.pid, signal.SIGTERM)
-    with _spinner(f"stopping process {record.pid}") as waiting:
+    with spinner(f"stopping process {record.pid}") as waiting:
         started = time.monotonic()
         while not select.select([process], [], [], _TICK_SECONDS)[0]:
             passed = time.monotonic() - started
@@ -253,90 +266,70 @@ def umount(
     os.close(process)
 
 
-def _fetch(mountpoint: Path | None, path: str, text: str) -> Any:
-    record = client.find(mountpoint)
-    if not _err.is_terminal:
-        return client.get(record, path)
-    with _err.status(text):
-        return client.get(record, path)
-
-
 @app.command()
-def status(mountpoint: _Mountpoint = None, as_json: _AsJson = False) -> None:
+def status(mountpoint: Mountpoint = None, as_json: AsJson = False) -> None:
     """Show what a mount serves, how, and how it fares."""
-    told = _fetch(mountpoint, "/v1/status", "asking the daemon")
+    told = fetch(mountpoint, "/v1/status", "asking the daemon")
     if as_json:
-        _print_json(told)
+        print_json(told)
         return
     table = Table(show_header=False, box=None)
     for key, value in told.items():
-        table.add_row(Text(key, "bold"), Text(_printable(_flat(value))))
-    _out.print(table)
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {number}" for name, number in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        table.add_row(Text(key, "bold"), Text(printable(flat(value))))
+    out.print(table)
 
 
 @app.command()
-def models(mountpoint: _Mountpoint = None, as_json: _AsJson = False) -> None:
+def models(mountpoint: Mountpoint = None, as_json: AsJson = False) -> None:
     """List the models below the models roots, and how they were read on this node."""
-    found = _fetch(mountpoint, "/v1/models", "looking through the models roots")
+    found = fetch(mountpoint, "/v1/models", "looking through the models roots")
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    table = Table("model", "size", "opens", "loads", "hits", "last access")
-    for column in table.columns[1:5]:
+    table = Table("model", "size", "on node", "in memory", "opens", "loads", "hits", "heat", "last access")
+    for column in table.columns[1:8]:
         column.justify = "right"
     for row in found:
         size = "gone" if row["size_bytes"] is None else human_bytes(row["size_bytes"])
+        cells = (size, _on_node(row), human_bytes(row["memory_bytes"]) if row["node_bytes"] else "")
         counts = (str(row[key]) for key in ("opens", "loads", "hits"))
-        table.add_row(Text(_printable(row["model"])), size, *counts, row["last_access"] or "never")
-    _out.print(table)
+        table.add_row(
+            Text(printable(row["model"])), *cells, *counts, f"{row['heat']:.2f}", row["last_access"] or "never"
+        )
+    out.print(table)
+
+
+def _on_node(row: dict[str, Any]) -> str:
+    held = "" if row["state"] == "absent" else human_bytes(row["node_bytes"])
+    marks = [row["state"]] if row["state"] in ("partial", "filling") else []
+    marks += ["pinned"] if row["pinned"] else []
+    return f"{held} ({', '.join(marks)})".strip() if marks else held
 
 
 @app.command()
 def opens(
-    mountpoint: _Mountpoint = None,
+    mountpoint: Mountpoint = None,
     model: Annotated[str | None, typer.Option(help="Only this model, as `tierd models` names it.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many, the latest first.")] = 20,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the latest opens: which file, when, by which user and pod."""
     query = urlencode({"limit": limit, **({"model": model} if model else {})}, errors="surrogateescape")
-    found = _fetch(mountpoint, f"/v1/opens?{query}", "asking the daemon")
+    found = fetch(mountpoint, f"/v1/opens?{query}", "asking the daemon")
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table("at", "file", "model", "uid", "pod")
     for row in found:
         cells = (
             row["at"],
-            _printable(row["path"]),
-            _printable(row["model"] or ""),
+            printable(row["path"]),
+            printable(row["model"] or ""),
             str(row["uid"]),
             row["pod"] or "",
         )
         table.add_row(*(Text(cell) for cell in cells))
-    _out.print(table)
+    out.print(table)
 
 
-def _printable(text: str) -> str:
-    """Names may hold newlines, escape codes and bytes that are not UTF-8; a terminal shall see none of them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True) + "\n")
-
-
-def human_bytes(size: int) -> str:
-    """A size for people: 1536 is `1.5 KiB`."""
-    number = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
+add_commands(app)

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,20 @@ def _known(running: list[MountRecord]) -> str:
 
 def get(record: MountRecord, path: str, timeout: float = _TIMEOUT_SECONDS) -> Any:
     """The JSON answer of a daemon. Raises DaemonError."""
+    return _ask(record, "GET", path, None, timeout)
+
+
+def post(record: MountRecord, path: str, arguments: Mapping[str, Any], timeout: float = _TIMEOUT_SECONDS) -> Any:
+    """Ask a daemon to do something; its JSON answer. Raises DaemonError, and UsageError if it was asked wrongly."""
+    return _ask(record, "POST", path, json.dumps(arguments), timeout)
+
+
+def _ask(record: MountRecord, method: str, path: str, body: str | None, timeout: float) -> Any:
     connection = _UnixConnection(socket_path(Path(record.mountpoint)), timeout)
     try:
-        connection.request("GET", path)
+        connection.request(method, path, body)
         response = connection.getresponse()
-        body = response.read()
+        answer = response.read()
     except (OSError, http.client.HTTPException) as error:
         raise DaemonError(
             f"the daemon of {record.mountpoint} (process {record.pid}) does not answer: {error}",
@@ -61,9 +71,12 @@ def get(record: MountRecord, path: str, timeout: float = _TIMEOUT_SECONDS) -> An
         ) from None
     finally:
         connection.close()
+    if response.status == http.client.BAD_REQUEST:
+        told = json.loads(answer)
+        raise UsageError(told["error"], hint=told["hint"])
     if response.status != http.client.OK:
         raise DaemonError(
             f"the daemon of {record.mountpoint} answered {response.status} to {path}",
             hint="its log says more",
         )
-    return json.loads(body)
+    return json.loads(answer)

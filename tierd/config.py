@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tierd.errors import UsageError
+from tierd.policy import Watermarks
 from tierd.units import split
 
 ENV_PREFIX = "TIERD_"
@@ -44,7 +45,31 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
+_SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?) ?(?P<unit>[KMGTP]i?)?B?", re.IGNORECASE)
+_UNITS = {unit: 1 << (10 * power) for power, unit in enumerate(("", "ki", "mi", "gi", "ti", "pi"))} | {
+    unit: 1000**power for power, unit in enumerate(("k", "m", "g", "t", "p"), start=1)
+}
+
+_SIZE_BYTES_MAX = 1 << 63
+"""off_t holds no more."""
+
+
+def size_bytes(value: Any) -> Any:
+    """`200GiB`, `1.5TB` or a number of bytes; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, str):
+        return _no_truth_value(value)
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("must be a size such as 200GiB, 1.5TB or 0")
+    found = float(match["number"]) * _UNITS[(match["unit"] or "").lower()]
+    if found >= _SIZE_BYTES_MAX:
+        raise ValueError("must be less than 8 EiB")
+    return int(found)
+
+
+Bytes = Annotated[int, BeforeValidator(size_bytes)]
 Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+Ratio = Annotated[float, BeforeValidator(_no_truth_value)]
 Seconds = Annotated[float, BeforeValidator(_no_truth_value)]
 PathSetting = Annotated[Path, BeforeValidator(_not_empty)]
 
@@ -69,6 +94,17 @@ class MountSettings(BaseModel):
     history_rows: Whole = Field(100_000, ge=0, le=10_000_000)
     max_files_known: Whole = Field(1_000_000, ge=1000)
     passthrough: Literal["auto", "on", "off"] = "auto"
+    cache_dir: PathSetting | None = None
+    cache_size: Bytes = Field(200 << 30, ge=0)
+    free_space_ratio: Ratio = Field(0.10, ge=0, lt=1)
+    free_space_target: Ratio | None = Field(None, gt=0, lt=1)
+    fill_bandwidth: Bytes = Field(0, ge=0)
+    fill_workers: Whole = Field(4, ge=1, le=256)
+    prefetch: bool = True
+    heat_half_life: Seconds = Field(7 * 86_400.0, gt=0)
+    read_ahead_memory: Ratio = Field(0.5, ge=0, le=1)
+    source_timeout: Seconds = Field(2.0, gt=0, le=3600)
+    stale_if_unreachable: bool = True
     allow_other: bool | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
@@ -83,6 +119,20 @@ class MountSettings(BaseModel):
     @classmethod
     def _root_stays_inside(cls, root: str) -> str:
         return relative_root(root)
+
+    @field_validator("free_space_target")
+    @classmethod
+    def _watermarks_in_order(cls, target: float | None, info: ValidationInfo) -> float | None:
+        start = info.data.get("free_space_ratio")
+        if target is not None and start is not None and target <= start:
+            raise ValueError(f"must be above free_space_ratio, which is {start}")
+        return target
+
+    @property
+    def watermarks(self) -> Watermarks:
+        """Free ratios at which eviction starts and stops; halfway to full again by default (0.10 -> 0.15)."""
+        start = self.free_space_ratio
+        return Watermarks(start, self.free_space_target or min(start * 1.5 or 0.01, (1 + start) / 2))
 
     @field_validator("metrics")
     @classmethod

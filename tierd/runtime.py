@@ -66,6 +66,14 @@ def default_state_dir(mountpoint: Path) -> Path:
     return (Path(xdg) if xdg else Path.home() / ".local" / "state") / "tierd" / _slug(mountpoint)
 
 
+def default_cache_dir(mountpoint: Path) -> Path:
+    """`/var/cache/tierd/HASH` for root, `$XDG_CACHE_HOME/tierd/HASH` for others."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/tierd") / _slug(mountpoint)
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "tierd" / _slug(mountpoint)
+
+
 def runtime_dir(mountpoint: Path) -> Path:
     """The runtime directory of one mount."""
     return runtime_base() / _slug(mountpoint)

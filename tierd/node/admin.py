@@ -1,4 +1,4 @@
-"""What a running daemon tells: status, models and opens over a unix socket; health and metrics over TCP.
+"""What a running daemon tells and takes orders for, over a unix socket; health and metrics over TCP.
 
 The admin socket is 0600 in a 0700 directory: who can open it is the daemon's own user. Nothing that
 changes anything is reachable over TCP.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qs
 
 import trio
 
+from tierd.errors import TierdError, UsageError
 from tierd.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -25,33 +26,56 @@ if TYPE_CHECKING:
 
 PROBE_SECONDS = 5.0
 _OPENS_MAX = 10_000
+_BODY_BYTES_MAX = 1 << 20
+_BAD_REQUEST = 400
 
 Json = dict[str, Any] | list[Any]
 Answer = Callable[["Request"], Awaitable[Json]]
 
 
-def admin_app(status: Callable[[], Json], models: Answer, opens: Answer) -> Starlette:
-    """The app behind the unix socket."""
+def admin_app(routes: Mapping[tuple[str, str], Answer]) -> Starlette:
+    """The app behind the unix socket: what answers each (method, path). A TierdError becomes 400 with its hint."""
     from starlette.applications import Starlette
     from starlette.responses import Response
     from starlette.routing import Route
 
-    def route(path: str, answer: Answer) -> Route:
+    def route(method: str, path: str, answer: Answer) -> Route:
         async def endpoint(request: Request) -> Response:
-            return Response(json.dumps(await answer(request)), media_type="application/json")
+            try:
+                body, code = json.dumps(await answer(request)), 200
+            except TierdError as error:
+                body, code = json.dumps({"error": str(error), "hint": error.hint}), _BAD_REQUEST
+            return Response(body, code, media_type="application/json")
 
-        return Route(path, endpoint)
+        return Route(path, endpoint, methods=[method])
 
-    async def tell_status(_: Request) -> Json:
-        return status()
+    return Starlette(routes=[route(method, path, answer) for (method, path), answer in routes.items()])
 
-    return Starlette(routes=[route("/v1/status", tell_status), route("/v1/models", models), route("/v1/opens", opens)])
+
+async def arguments(request: Request) -> dict[str, Any]:
+    """The JSON object that a POST carries. Raises UsageError."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > _BODY_BYTES_MAX:
+            raise UsageError("the request is too long", hint="name fewer models at once")
+    try:
+        found = json.loads(body or b"{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError("the request is not a JSON object", hint="see docs/OPERATIONS.md")
+    return found
+
+
+def queries(request: Request, key: str) -> list[str]:
+    """All values of a query parameter."""
+    return parse_qs(request.url.query, errors="surrogateescape").get(key, [])
 
 
 def query(request: Request, key: str) -> str:
     """A query parameter, or the empty string; bytes that are not UTF-8 become surrogate escapes, as in our JSON."""
-    values = parse_qs(request.url.query, errors="surrogateescape").get(key)
-    return values[0] if values else ""
+    return next(iter(queries(request, key)), "")
 
 
 def opens_limit(request: Request) -> int:

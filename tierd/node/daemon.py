@@ -8,9 +8,8 @@ import platform
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +20,22 @@ from prometheus_client import CollectorRegistry
 from tierd import __version__
 from tierd.config import MountSettings
 from tierd.errors import DaemonError, TierdError, UsageError
-from tierd.metrics import Metrics
+from tierd.metrics import Metrics, TierMetrics
 from tierd.node import admin, fuse, preflight
+from tierd.node.answers import answers, iso_time
 from tierd.node.caller import keep_capabilities
-from tierd.node.catalog import walk
-from tierd.node.index import Index, ModelRow, OpenRow
+from tierd.node.hot import HotFiles
+from tierd.node.index import Index
 from tierd.node.journal import Journal
 from tierd.node.overlay import Overlay
 from tierd.node.recorder import ModelDirs, Recorder
 from tierd.node.seam import Seam, open_device
 from tierd.node.sources import PosixSource
+from tierd.node.tier_setup import TierParts
 from tierd.runtime import MountRecord, remove_record, socket_path, write_record
-from tierd.units import display
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
+    pass
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +44,7 @@ _MOUNT_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _RESTART_SECONDS = 5.0
 _NICENESS = -10
+_ACCOUNT_SECONDS = 0.01
 
 
 class Daemon:
@@ -63,6 +64,7 @@ class Daemon:
         self._started = time.time()
         self._stop = trio.Event()
         self._requests_done = trio.Event()
+        self._hot_events = trio.Event()
         self._slow = trio.CapacityLimiter(2)
         self._want_passthrough = settings.passthrough != "off" and os.geteuid() == 0
         self._allow_other = os.geteuid() == 0 if settings.allow_other is None else settings.allow_other
@@ -73,7 +75,11 @@ class Daemon:
         with ExitStack() as stack:
             self._listener = stack.enter_context(preflight.listen(self.settings.metrics))
             stack.enter_context(preflight.exclusive(self.state_dir, self.settings.mountpoint))
+            cache = stack.enter_context(preflight.exclusive_cache(self.settings))
+            self._cache_dir = cache.directory
             self._start_log()
+            for event, details in cache.remarks:
+                log.warning(event, **details)
             preflight.warn_if_hiding(self.settings.mountpoint)
             host, port = self._listener.getsockname()[:2]
             self._metrics_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -104,26 +110,42 @@ class Daemon:
             self.state_dir / "index.db",
             history_rows=settings.history_rows,
             max_files=settings.max_files_known,
+            half_life_s=settings.heat_half_life,
         )
         stack.callback(self.index.close)
+        is_model_dir = ModelDirs(self.source.root_fd)
+        self.tier = self._build_tier(is_model_dir)
         self.journal = Journal(settings.journal_capacity)
         self.recorder = Recorder(
             self.journal,
             self.index,
             self.metrics,
             models_roots=settings.models_roots_bytes,
-            is_model_dir=ModelDirs(self.source.root_fd),
+            is_model_dir=is_model_dir,
             load_idle_gap_s=settings.load_idle_gap,
+            **({"noted": self.tier.usage.note} if self.tier else {}),
         )
         self._admin = stack.enter_context(admin.unix_listener(socket_path(settings.mountpoint)))
         stack.callback(remove_record, settings.mountpoint)
+
+    def _build_tier(self, is_model_dir: ModelDirs) -> TierParts | None:
+        if self._cache_dir is None:
+            return None
+        tier_metrics = TierMetrics(self.metrics.registry)
+        return TierParts(self._cache_dir, self.settings, self.source, self.index, tier_metrics, is_model_dir)
 
     async def _serve(self) -> None:
         """Everything between mount and unmount."""
         settings = self.settings
         token = trio.lowlevel.current_trio_token()
         device = open_device(settings.mountpoint, allow_other=self._allow_other)
-        self.seam = Seam(device, ended=lambda: token.run_sync_soon(self._unmounted), passthrough=self._want_passthrough)
+        self.hot = self._short_way(token)
+        self.seam = Seam(
+            device,
+            ended=lambda: token.run_sync_soon(self._unmounted),
+            passthrough=self._want_passthrough,
+            short_way=self.hot,
+        )
         try:
             self._connect()
             try:
@@ -133,8 +155,27 @@ class Daemon:
                 fuse.detach()
         finally:
             self.seam.close(settings.mountpoint)
+            self.hot.close()
+            if self.tier is not None:
+                self.tier.stop()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _STOP_SECONDS):
                 await self.recorder.flush()
+
+    def _short_way(self, token: trio.lowlevel.TrioToken) -> HotFiles:
+        def wake() -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(self._hot_events.set)
+
+        attr_timeout, entry_timeout = self.settings.attr_timeout, self.settings.entry_timeout
+        return HotFiles(self.source.key, wake, attr_timeout_s=attr_timeout, entry_timeout_s=entry_timeout)
+
+    async def _follow_short_way(self) -> None:
+        """Account for what the pumps answered, some hundred times a second at most: each time costs them the lock."""
+        while True:
+            await self._hot_events.wait()
+            await trio.sleep(_ACCOUNT_SECONDS)
+            self._hot_events = trio.Event()
+            self.overlay.take_events()
 
     def _connect(self) -> None:
         """Build what stands between the seam and the source."""
@@ -143,6 +184,9 @@ class Daemon:
             self.journal,
             self.seam,
             event_dropped=self.metrics.event_dropped,
+            read_ended=self.metrics.read_ended,
+            tier=self.tier.tier if self.tier else None,
+            hot=self.hot,
         )
         operations = fuse.FuseOperations(
             self.overlay,
@@ -158,10 +202,14 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             nursery.start_soon(self._answer_requests)
+            nursery.start_soon(keep_running, "short_way", self._follow_short_way)
             await self._await_mount()
             self._check_passthrough()
             tune_mount(self.settings.mountpoint, self.settings.read_ahead_kib)
             nursery.start_soon(keep_running, "recorder", self.recorder.run)
+            if self.tier is not None:
+                for name, task in self.tier.tasks().items():
+                    nursery.start_soon(keep_running, name, task)
             self._start_admin(nursery)
             write_record(self._record())
             log.info("mounted", **self._record_for_log())
@@ -174,7 +222,7 @@ class Daemon:
 
     def _start_admin(self, nursery: trio.Nursery) -> None:
         apps = (
-            (admin.admin_app(self.status, self._models, self._opens), self._admin),
+            (admin.admin_app(answers(self)), self._admin),
             (admin.metrics_app(self.metrics, self.settings.mountpoint), self._listener),
         )
         for app, listener in apps:
@@ -189,6 +237,8 @@ class Daemon:
 
     async def _answer_requests(self) -> None:
         try:
+            if self.tier is not None:
+                self.tier.start(self.overlay.copy_removed)
             self.seam.start()
             await fuse.serve()
         finally:
@@ -238,7 +288,9 @@ class Daemon:
             "waiting_metadata": lambda: overlay.metadata_limit.statistics().tasks_waiting,
             "waiting_data": lambda: overlay.data_limit.statistics().tasks_waiting,
             "waiting_reads": self.seam.queued_reads,
+            "parked_reads": self.seam.parked_reads,
             "backings": lambda: len(self.seam.backings),
+            "hot_files": lambda: len(self.hot),
         }
 
     @property
@@ -279,7 +331,12 @@ class Daemon:
                 **self.metrics.totals(),
                 "nodes_retired": self.overlay.retired,
                 "backings_refused": self.seam.backings.refused,
+                "reads": self.seam.reads,
+                "short_lookups": self.hot.lookups,
+                "short_opens": self.hot.opens,
+                "notices_dropped": self.seam.notices_dropped,
             },
+            "node_tier": self.tier.status() if self.tier else None,
             "queues": {what: int(depth()) for what, depth in self._depths().items()},
             "versions": {
                 "tierd": __version__,
@@ -288,21 +345,6 @@ class Daemon:
                 **fuse.versions(),
             },
         }
-
-    async def _models(self, _: Request) -> list[Any]:
-        roots = self.settings.models_roots_bytes
-        catalog = await trio.to_thread.run_sync(walk, self.settings.source, roots, limiter=self._slow)
-        await self.recorder.flush()
-        rows = {row.model: row for row in await trio.to_thread.run_sync(self.index.models)}
-        names = sorted(catalog.size_bytes.keys() | rows.keys())
-        return [model_json(name, catalog.size_bytes.get(name), rows.get(name)) for name in names]
-
-    async def _opens(self, request: Request) -> list[Any]:
-        await self.recorder.flush()
-        model = admin.query(request, "model")
-        name = model.encode("utf-8", "surrogateescape") if model else None
-        rows = await trio.to_thread.run_sync(self.index.opens, admin.opens_limit(request), name)
-        return [open_json(row) for row in rows]
 
 
 def root_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -359,33 +401,3 @@ def passthrough_ability(*, enabled: bool) -> dict[str, Any]:
     release = platform.release().split("-")[0].split(".")
     kernel = tuple(int(part) for part in release[:2] if part.isdigit()) >= _PASSTHROUGH_KERNEL
     return {"kernel": kernel, "privileged": os.geteuid() == 0, "enabled": enabled}
-
-
-def iso_time(at_ns: int) -> str:
-    """Nanoseconds since the epoch as ISO 8601 in UTC, to the millisecond."""
-    return datetime.fromtimestamp(at_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def model_json(name: bytes, size: int | None, row: ModelRow | None) -> dict[str, Any]:
-    """One model as `tierd models --json` prints it; `size_bytes` is None for a model that left the source."""
-    return {
-        "model": display(name),
-        "size_bytes": size,
-        "opens": row.opens if row else 0,
-        "loads": row.loads if row else 0,
-        "hits": row.hits if row else 0,
-        "bytes_read": row.bytes_read if row else 0,
-        "first_access": iso_time(row.first_access_ns) if row else None,
-        "last_access": iso_time(row.last_access_ns) if row else None,
-    }
-
-
-def open_json(row: OpenRow) -> dict[str, Any]:
-    """One open as `tierd opens --json` prints it."""
-    return {
-        "at": iso_time(row.at_ns),
-        "path": display(row.path),
-        "model": display(row.model) if row.model is not None else None,
-        "uid": row.uid,
-        "pod": row.pod,
-    }

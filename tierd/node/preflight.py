@@ -9,10 +9,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import psutil
 import structlog
@@ -20,6 +20,7 @@ import structlog
 from tierd.config import MountSettings, host_port
 from tierd.errors import UsageError
 from tierd.runtime import (
+    default_cache_dir,
     default_state_dir,
     is_served,
     lock_path,
@@ -152,6 +153,71 @@ def detach(mountpoint: Path) -> None:
         raise UsageError(f"cannot unmount {mountpoint}: {reason}", hint="is it mounted, and by you?")
 
 
+class Cache(NamedTuple):
+    """Where the node tier lies, None for nowhere; and what the log shall say of that."""
+
+    directory: Path | None
+    remarks: tuple[tuple[str, dict[str, str]], ...]
+
+
+@contextmanager
+def exclusive_cache(settings: MountSettings) -> Iterator[Cache]:
+    """The directory of the node tier, made and locked for the length of a `with`.
+
+    Raises UsageError for a directory that was named and is of no use; the default one is then left out with a remark.
+    """
+    if settings.cache_size == 0:
+        yield Cache(None, ())
+        return
+    with ExitStack() as stack:
+        try:
+            directory = stack.enter_context(_cache(settings))
+        except UsageError as error:
+            if settings.cache_dir is not None:
+                raise
+            yield Cache(None, (("no_node_tier", {"reason": str(error), "hint": error.hint}),))
+            return
+        yield Cache(directory, _remarks(directory))
+
+
+@contextmanager
+def _cache(settings: MountSettings) -> Iterator[Path]:
+    wanted = absolute(settings.cache_dir or default_cache_dir(settings.mountpoint))
+    for place, what in ((settings.mountpoint, "mountpoint"), (settings.source, "source")):
+        if wanted.is_relative_to(place):
+            raise UsageError(f"cache directory {wanted} is below the {what} {place}", hint="choose a local disk")
+    directory = private_dir(wanted, "cache directory")
+    with _lock(directory / "lock", f"cache directory {directory}"):
+        _check_cache_space(directory, settings.free_space_ratio)
+        yield directory
+
+
+def _remarks(directory: Path) -> tuple[tuple[str, dict[str, str]], ...]:
+    found = fstype_of(directory)
+    if found not in ("tmpfs", "ramfs"):
+        return ()
+    cost = "copies take memory from pods, and are gone after a restart of the machine"
+    return (("cache_in_memory", {"directory": str(directory), "fstype": found, "cost": cost}),)
+
+
+def _check_cache_space(directory: Path, ratio_min: float) -> None:
+    """A nearly full root file system must not be filled further."""
+    disk = psutil.disk_usage(str(directory))
+    low = disk.free < ratio_min * (disk.used + disk.free)
+    if low and directory.stat().st_dev == Path("/").stat().st_dev:
+        raise UsageError(
+            f"cache directory {directory} is on the root file system, which has too little room"
+            f" ({disk.free >> 20} MiB free, {100 - disk.percent:.0f} %)",
+            hint="choose a disk of its own with --cache-dir, or lower --free-space-ratio",
+        )
+
+
+def fstype_of(path: Path) -> str:
+    """The type of the file system that a directory lies on, such as ext4; empty if unknown."""
+    found = [mount for mount in mounts() if absolute(path).is_relative_to(mount.mountpoint)]
+    return max(found, key=lambda mount: len(mount.mountpoint.parts)).fstype if found else ""
+
+
 @contextmanager
 def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[None]:
     """Hold the locks of a state directory and of a mountpoint for the length of a `with`. Raises UsageError."""
@@ -166,6 +232,13 @@ def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[None]:
                 lock_path(mountpoint).unlink()
                 with suppress(OSError):  # not empty: something of somebody else's
                     runtime.rmdir()
+                _forget_if_unused(state)
+
+
+def _forget_if_unused(state: Path) -> None:
+    """A daemon that was refused leaves no lock behind where there was nothing before."""
+    if os.listdir(state) == ["lock"]:
+        (state / "lock").unlink()
 
 
 @contextmanager
@@ -231,7 +304,7 @@ def check_fuse(*, allow_other: bool) -> None:
     if allow_other and os.geteuid() != 0 and not _user_allow_other():
         raise UsageError(
             "allow_other needs root or user_allow_other in /etc/fuse.conf",
-            hint="drop --allow-other, or run as root",
+            hint="--allow-other no, or run as root",
         )
 
 
