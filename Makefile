@@ -6,6 +6,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 BIN := .venv/bin
 ARGS ?=
+BENCH ?= model_load overlay
 PIP_TOOLS := pip-tools==7.6.2
 
 .PHONY: help setup demo test lint lock bench campaign clean
@@ -32,8 +33,8 @@ lint: setup ## Style, format and types
 lock: ## Write the lock files anew from pyproject.toml (UPGRADE=1 takes newer versions)
 	@PYTHON="$${PYTHON:-python3.11}" PIP_TOOLS="$(PIP_TOOLS)" .ci/lock $(if $(UPGRADE),--upgrade)
 
-bench: setup ## Measure the overlay beside its source (root; ARGS=--help)
-	@$(BIN)/python -m bench.overlay $(ARGS)
+bench: setup ## Measure model load time, then the overlay beside its source (root; BENCH=model_load or overlay, ARGS=--help)
+	@for name in $(BENCH); do $(BIN)/python -m bench.$$name $(ARGS); done
 
 campaign: setup ## The long form of the model-based tests
 	@$(BIN)/python -m pytest -m campaign $(ARGS)

@@ -128,6 +128,7 @@ class Demo:
         self._overlay_started = True
         self.mountpoint.mkdir()
         options = ["--background", "--state-dir", str(self.directory / "state")]
+        options += ["--cache-dir", str(self.directory / "cache")]
         options += ["--metrics", "127.0.0.1:0", "--load-idle-gap", str(LOAD_IDLE_GAP_S)]
         tierd("mount", str(self.source), str(self.mountpoint), *options)
 

@@ -1,6 +1,6 @@
 """Runs the process behind a mount and takes process and mount away when its parent goes.
 
-Started as a script by `bench.juicefs`, so it imports the standard library only. The parent is watched
+Started as a script by `start()`, so it imports the standard library only. The parent is watched
 through a pidfd and not through PR_SET_PDEATHSIG alone, because that signal is sent when the *thread* that
 started the child ends, and tests start mounts from worker threads.
 """
@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +80,26 @@ def die_with_parent(signum: int) -> Callable[[], None]:
         prctl(PR_SET_PDEATHSIG, signum)
 
     return ask
+
+
+def start(
+    command: Sequence[str], mountpoint: str | os.PathLike[str], log: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts `command` under this guard, in a session of its own so that Ctrl-C reaches only us.
+
+    `mountpoint` is what the guard unmounts at the end; for a process that mounts nothing, a directory of its own.
+    `environment` is added to ours.
+    """
+    guarded = [sys.executable, "-I", "-S", __file__, str(os.getpid()), os.fspath(mountpoint), *command]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            guarded,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
 
 
 def _unescape(field: str) -> str:

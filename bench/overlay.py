@@ -109,16 +109,15 @@ def listing(bench: Bench) -> Section:
     Dropped: before each listing 2 is written to drop_caches and the daemon is left to finish its forgets.
     Kept: the same listing again right after. On a plain directory and on a real JuiceFS mount.
     """
-    section = Section("listing", _how(listing))
+    rows: list[Row] = []
     for kind, open_source in _sources(bench):
         with open_source() as source:
             make_tree(source / "tree", 100, bench.count(100))
             with bench.mount(source) as tierd:
-                section.rows += _listing_rows(bench, kind, tierd)
-    for row in section.rows:
-        ratio = row.ratio or float("inf")
-        section.bars.append(Bar(f"{row.what}: <= 3 x the source", f"{number(ratio)} x", ratio <= 3))
-    return section
+                rows += _listing_rows(bench, kind, tierd)
+    ratios = {row.what: row.ratio or float("inf") for row in rows}
+    bars = [Bar(f"{what}: <= 3 x the source", f"{number(ratio)} x", ratio <= 3) for what, ratio in ratios.items()]
+    return Section("listing", _how(listing), rows, bars)
 
 
 def stat_under_load(bench: Bench) -> Section:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 from rich.console import Console
@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 COLUMNS = ("what", "unit", "source", "overlay", "overlay / source")
+BAR_STYLES = {True: "green", False: "bold red", None: "dim"}
 
 Figures = dict[tuple[str, str], float]
 """What one side gave in one round: (what, unit) to value."""
@@ -151,14 +152,26 @@ def interleave(rounds: int, source: Path, overlay: Path, measure: Callable[[Path
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit in words, the figure that was held against it in words, and whether it is met."""
+    """A limit in words, the figure that was held against it in words, and whether it is met; None: not measured."""
 
     limit: str
     found: str
-    met: bool
+    met: bool | None
+
+    @property
+    def verdict(self) -> str:
+        return {True: "MET", False: "MISSED", None: "NOT MEASURED"}[self.met]
 
     def __str__(self) -> str:
-        return f"{'MET' if self.met else 'MISSED'}: {self.limit}; found {self.found}"
+        return f"{self.verdict}: {self.limit}" + ("" if self.met is None else f"; found {self.found}")
+
+
+class Line(Protocol):
+    """What a section needs of a row: its cells, in the order of the section's columns."""
+
+    def cells(self) -> tuple[str, ...]: ...
+
+    def as_json(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -167,10 +180,11 @@ class Section:
 
     name: str
     how: str
-    rows: list[Row] = field(default_factory=list)
+    rows: Sequence[Line] = ()
     bars: list[Bar] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     error: str | None = None
+    columns: Sequence[str] = COLUMNS
 
     def as_json(self) -> dict[str, Any]:
         bars = [{"limit": bar.limit, "found": bar.found, "met": bar.met} for bar in self.bars]
@@ -187,7 +201,7 @@ class Section:
     def as_markdown(self) -> str:
         lines = [f"## {self.name}", "", self.how, ""]
         if self.rows:
-            lines += [_markdown_row(COLUMNS), _markdown_row(("---",) * len(COLUMNS))]
+            lines += [_markdown_row(self.columns), _markdown_row(("---",) * len(self.columns))]
             lines += [_markdown_row(row.cells()) for row in self.rows]
             lines.append("")
         remarks = [str(bar) for bar in self.bars] + self.notes
@@ -198,13 +212,13 @@ class Section:
 
     def show(self, console: Console) -> None:
         """Prints the table, how it was taken, then a line per bar, note and error."""
-        table = Table(*COLUMNS, title=self.name, title_justify="left")
+        table = Table(*self.columns, title=self.name, title_justify="left")
         for row in self.rows:
             table.add_row(*(escape(cell) for cell in row.cells()))
         console.print(table)
         console.print(self.how, style="dim", markup=False, highlight=False)
         for bar in self.bars:
-            console.print(str(bar), style="green" if bar.met else "bold red", markup=False, highlight=False)
+            console.print(str(bar), style=BAR_STYLES[bar.met], markup=False, highlight=False)
         for note in self.notes:
             console.print(note, style="dim", markup=False, highlight=False)
         if self.error is not None:
