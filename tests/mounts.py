@@ -109,7 +109,9 @@ class OverlayMount:
         self.mountpoint = directory / "mnt"
         self.mountpoint.mkdir(exist_ok=True)
         self.state_dir = directory / "state"
-        self.options = {"state_dir": self.state_dir, "metrics": "127.0.0.1:0", **(options or {})}
+        self.cache_dir = directory / "cache"
+        private = {"state_dir": self.state_dir, "cache_dir": self.cache_dir, "metrics": "127.0.0.1:0"}
+        self.options = {**private, **(options or {})}
         self.log_file = self.state_dir / "daemon.log"
         self.pid = 0
         self._log_read = 0

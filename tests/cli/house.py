@@ -1,4 +1,4 @@
-"""A mount namespace with a /run and a /var/lib of its own, in which commands run and daemons live.
+"""A mount namespace with a /run, a /var/lib and a /var/cache of its own, in which commands run and daemons live.
 
 What the machine has mounted and which tierd daemons it runs is not seen in there, and nothing done in
 there is seen outside; it all goes with the last process.
@@ -20,7 +20,9 @@ from typing import Any
 from tests.mounts import COMMAND_SECONDS, REPOSITORY, environment, wait_for_exit
 from tierd.runtime import runtime_dir
 
-_SETUP = "mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && echo ready && exec cat"
+_SETUP = """
+mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && mount --bind "$1" /var/cache && echo ready && exec cat
+"""
 _CHANGE_DIRECTORY = 'cd "$1" && shift && exec "$@"'
 
 
@@ -48,8 +50,10 @@ class House:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        cache = home / "var-cache"
+        cache.mkdir()
         self._holder = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", _SETUP],
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", _SETUP, "sh", str(cache)],
             stdin=subprocess.PIPE,  # its end, whatever becomes of us, is the holder's
             stdout=subprocess.PIPE,
         )

@@ -106,6 +106,11 @@ def mkdir(path: Path, mode: int = 0o755) -> Path:
     return path
 
 
+def owned_by_nobody(path: Path) -> Path:
+    os.chown(mkdir(path), 65534, 65534)
+    return path
+
+
 def with_env(place: Place, **env: str) -> list[str | Path]:
     place.env.update(env)
     return place.mount()
@@ -192,6 +197,69 @@ CASES = {
         lambda p: p.mount("--log-file", p.top / "no" / "log"), "log file {}/no/log: No such file or directory"
     ),
     "log a directory": Case(lambda p: p.mount("--log-file", p.source), "log file {}/source: Is a directory"),
+    # the node tier
+    "cache a file": Case(
+        lambda p: p.mount("--cache-dir", file_at(p.top / "f")), "cache directory {}/f: a file is in the way"
+    ),
+    "cache below a file": Case(
+        lambda p: p.mount("--cache-dir", file_at(p.top / "f") / "c"), "cache directory {}/f/c: Not a directory"
+    ),
+    "cache read-only": Case(
+        lambda p: p.mount("--cache-dir", "/proc/tierd"), "cache directory /proc/tierd: ", "choose a writable directory"
+    ),
+    "cache shared": Case(
+        lambda p: p.mount("--cache-dir", file_at(mkdir(p.top / "etc") / "passwd").parent),
+        "cache directory {}/etc holds files of somebody else's",
+    ),
+    "cache open to all": Case(lambda p: p.mount("--cache-dir", mkdir(p.top / "tmp", 0o1777)), "cache directory {}/tmp"),
+    "cache of somebody else": Case(
+        lambda p: p.mount("--cache-dir", owned_by_nobody(p.top / "c")), "cache directory {}/c belongs to user 65534"
+    ),
+    "cache is the source": Case(
+        lambda p: p.mount("--cache-dir", p.source), "cache directory {}/source is below the source {}/source"
+    ),
+    "cache below source": Case(
+        lambda p: p.mount("--cache-dir", p.source / "c"), "cache directory {}/source/c is below the source {}/source"
+    ),
+    "cache below mountpoint by a link": Case(
+        lambda p: p.mount("--cache-dir", link(p.top / "l", p.mountpoint) / "c"),
+        "cache directory {}/mnt/c is below the mountpoint {}/mnt",
+    ),
+    "cache empty": Case(lambda p: with_env(p, TIERD_CACHE_DIR=""), "TIERD_CACHE_DIR: must not be empty"),
+    "size no size": Case(
+        lambda p: p.mount("--cache-size", "12XB"),
+        "--cache-size: must be a size such as 200GiB, 1.5TB or 0 (got '12XB')",
+    ),
+    "size negative": Case(lambda p: p.mount("--cache-size", "-1"), "--cache-size: must be a size"),
+    "size of a number too many": Case(
+        lambda p: p.mount("--cache-size", "9" * 400), "--cache-size: must be less than 8 EiB"
+    ),
+    "size empty": Case(lambda p: p.mount("--cache-size", ""), "--cache-size: must be a size"),
+    "size in yaml": Case(lambda p: p.yaml("cache_size: [1]\n"), "{}/tierd.yaml: cache_size: "),
+    "size infinite in yaml": Case(lambda p: p.yaml("cache_size: .inf\n"), "{}/tierd.yaml: cache_size: "),
+    "bandwidth no size": Case(lambda p: p.mount("--fill-bandwidth", "fast"), "--fill-bandwidth: must be a size"),
+    "ratio out of range": Case(lambda p: p.mount("--free-space-ratio", "1"), "--free-space-ratio: "),
+    "ratio negative": Case(lambda p: p.mount("--free-space-ratio", "-0.1"), "--free-space-ratio: "),
+    "ratio nonsense": Case(lambda p: p.mount("--free-space-ratio", "nan"), "--free-space-ratio: "),
+    "watermarks out of order": Case(
+        lambda p: p.mount("--free-space-ratio", "0.3", "--free-space-target", "0.3"),
+        "--free-space-target: must be above free_space_ratio, which is 0.3",
+    ),
+    "watermark below the default": Case(
+        lambda p: p.mount("--free-space-target", "0.05"), "--free-space-target: must be above free_space_ratio"
+    ),
+    "no workers": Case(lambda p: p.mount("--fill-workers", "0"), "--fill-workers: "),
+    "more memory than there is": Case(lambda p: p.mount("--read-ahead-memory", "1.5"), "--read-ahead-memory: "),
+    "no time for the source": Case(lambda p: p.mount("--source-timeout", "0"), "--source-timeout: "),
+    "evict what": Case(lambda p: ["evict"], "name models, or give --until-free SIZE", "tierd evict --help"),
+    "evict both": Case(lambda p: ["evict", "m", "--until-free", "1"], "name models, or give --until-free SIZE"),
+    "evict without daemons": Case(lambda p: ["evict", "m"], "no tierd daemon is running"),
+    "warm what": Case(lambda p: ["warm"], "Missing argument 'models'", "tierd warm --help"),
+    "pin what": Case(lambda p: ["pin"], "Missing argument 'models'", "tierd pin --help"),
+    "unpin what": Case(lambda p: ["unpin"], "Missing argument 'models'", "tierd unpin --help"),
+    "warm on no mount": Case(lambda p: ["warm", "m", "--mount", p.mountpoint], "no tierd daemon serves {}/mnt"),
+    "plan without daemons": Case(lambda p: ["plan", "--json"], "no tierd daemon is running"),
+    "check without daemons": Case(lambda p: ["check", "--deep"], "no tierd daemon is running"),
     # settings
     "metrics nonsense": Case(lambda p: p.mount("--metrics", "nonsense"), "--metrics: must be HOST:PORT"),
     "metrics port taken": Case(port_taken, "cannot serve metrics on 127.0.0.1:", "--metrics HOST:PORT"),
@@ -243,6 +311,9 @@ IN_BACKGROUND = (
     "flag ill-typed",
     "env unknown",
     "state a file",
+    "cache a file",
+    "cache below source",
+    "watermarks out of order",
 )
 """Found before the daemon is started, and by it: the same line either way."""
 NAMES = [*CASES, *(f"{name} / background" for name in IN_BACKGROUND)]

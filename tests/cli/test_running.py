@@ -16,6 +16,7 @@ import pytest
 
 from tests.cli.house import Done, House, alive
 from tests.mounts import COMMAND_SECONDS, wait_until
+from tierd.runtime import default_cache_dir
 
 ODD_NAMES = [b"new\nline", b"esc\x1b[31mred", b"not\xffutf8", b":skull:", b"[bold]x[/]", b"\xe2\x80\xaertl", b"back\\"]
 MODEL_KEYS = {"model", "size_bytes", "opens", "loads", "hits", "last_access"}
@@ -208,6 +209,35 @@ def test_a_second_daemon_on_a_state_directory(pair: Pair, scratch: Path) -> None
     assert not pair.house.runtime(scratch / "another").exists()
 
 
+def test_a_second_daemon_on_a_cache_directory(pair: Pair, scratch: Path) -> None:
+    (scratch / "beside").mkdir()
+    cache = default_cache_dir(pair.plain.mountpoint)
+    arguments = ["mount", pair.odd.source, scratch / "beside", "--metrics", "127.0.0.1:0", "--cache-dir", cache]
+    done = pair.house.tierd(*arguments)
+    assert (done.code, done.out) == (2, "")
+    pid = pair.house.record(pair.plain.mountpoint)["pid"]
+    assert done.err.splitlines() == [
+        f"tierd: cache directory {cache} is in use by another tierd (process {pid})",
+        "hint: stop that one, or choose another",
+    ]
+    assert pair.house.mounted(scratch / "beside") is None
+
+
+def test_a_cache_in_memory_is_a_warning(pair: Pair) -> None:
+    """The house's /var/cache is a tmpfs."""
+    log = [json.loads(line) for line in (pair.plain.state / "daemon.log").read_text(encoding="utf-8").splitlines()]
+    (said,) = (line for line in log if line["event"] == "cache_in_memory")
+    assert (said["level"], said["fstype"]) == ("warning", "tmpfs")
+    assert said["directory"] == str(default_cache_dir(pair.plain.mountpoint))
+
+
+@pytest.mark.parametrize("words", [["evict", "--until-free", "12XB"], ["evict", "--until-free", "-1"]])
+def test_a_size_that_is_none(pair: Pair, words: list[str]) -> None:
+    done = pair.house.tierd(*words, "--mount", pair.plain.mountpoint)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("tierd: --until-free: must be a size")
+
+
 def test_metrics_of_a_running_daemon_are_a_taken_port(pair: Pair, scratch: Path) -> None:
     (scratch / "third").mkdir()
     address = pair.house.record(pair.plain.mountpoint)["metrics_address"]
@@ -287,7 +317,7 @@ def test_in_the_foreground(house: House, scratch: Path, number: signal.Signals) 
     out, err = daemon.communicate(timeout=COMMAND_SECONDS)
     assert (daemon.returncode, out) == (0, b"")
     events = [json.loads(line)["event"] for line in err.splitlines()]
-    assert events == ["mounted", "stopping", "stopped"]
+    assert events == ["node_tier", "mounted", "stopping", "stopped"]
     assert house.mounted(top / "mnt") is None
 
 

@@ -81,10 +81,13 @@ def test_every_setting_is_documented() -> None:
 def test_every_metric_is_documented() -> None:
     from prometheus_client import CollectorRegistry
 
-    from tierd.metrics import Metrics
+    from tierd.metrics import Metrics, TierMetrics
+    from tierd.node import tier_setup
 
     text = (REPOSITORY / "docs/OPERATIONS.md").read_text()
-    families = Metrics(CollectorRegistry()).registry.collect()
-    names = {family.name for family in families if family.name.startswith("tierd_")}
+    registry = CollectorRegistry()
+    Metrics(registry), TierMetrics(registry)
+    names = {family.name for family in registry.collect() if family.name.startswith("tierd_")}
+    names |= {f"tierd_{name}" for name in tier_setup.GAUGES}
     assert names
     assert [name for name in sorted(names) if name not in text] == []

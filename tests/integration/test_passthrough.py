@@ -105,7 +105,8 @@ def test_direct_reads(mount: OverlayMount, path: Path) -> None:
         os.close(fd)
 
 
-def test_opens_are_recorded_and_bytes_are_not(mount: OverlayMount) -> None:
+def test_opens_are_recorded_and_bytes_are_not(overlay_mount: MountFactory) -> None:
+    mount = overlay_mount(cache_size=0)
     (mount.source / "models/m").mkdir(parents=True)
     (mount.source / "models/m/a.bin").write_bytes(b"x" * MIB)
     (mount.mountpoint / "models/m/a.bin").read_bytes()

@@ -189,6 +189,6 @@ def test_execution_needs_the_bit(tree: Tree) -> None:
 
 
 def test_without_allow_other_only_the_mounting_user_gets_in(overlay_mount: MountFactory) -> None:
-    mount = overlay_mount(no_allow_other=True)
+    mount = overlay_mount(allow_other="no")
     (mount.mountpoint / "file").touch()
     assert as_user(UID, GID, "os.stat(sys.argv[1])", mount.mountpoint / "file") == "EACCES"

@@ -62,6 +62,7 @@ def test_opens_loads_and_bytes_of_a_model(mount: OverlayMount) -> None:
     assert mount.models()["models/llama"] == {
         "model": "models/llama", "size_bytes": 3 * MIB + 100, "opens": 0, "loads": 0, "hits": 0, "bytes_read": 0,
         "first_access": None, "last_access": None,
+        "node_bytes": 0, "memory_bytes": 0, "pinned": False, "heat": 0.0, "state": "absent",
     }  # fmt: skip
     for _ in range(2):
         for shard in shards:
