@@ -447,6 +447,34 @@ async def test_what_is_known_is_told_when_the_source_hangs(
     await stuck.overlay.release(opened.fh)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT])
+async def test_what_is_known_is_told_when_the_source_is_gone(
+    stuck: Node1, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Its process died, or it has given up itself; what is not known is its error."""
+    data = await stuck.first_open()
+    hot = await stuck.hot_node()
+    assert hot.parent is not None
+    await stuck.overlay.getattr(hot.parent.id)
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as gone:
+        for name in ("lstat", "stat", "forced_stat", "open", "open_dir"):
+            gone.setattr(stuck.tiered.posix, name, fail)
+        found = stuck.kernel.counted(await stuck.overlay.lookup(hot.parent.id, hot.name))
+        assert (found.node_id, found.attributes.st_size) == (hot.id, len(data))
+        assert (await stuck.overlay.getattr(hot.id)).attributes.st_size == len(data)
+        opened = await stuck.overlay.open(hot.id, os.O_RDONLY, CALLER)
+        with pytest.raises(OSError, match=os.strerror(number)) as raised:
+            await stuck.overlay.lookup(hot.parent.id, b"unknown")
+        assert raised.value.errno == number
+    assert stuck.tiered.counts.stale == 1
+    assert os.pread(stuck.overlay.files[opened.fh].target.fd, len(data), 0) == data
+    await stuck.overlay.release(opened.fh)
+
+
 async def test_what_is_not_known_waits_for_the_source(
     stuck: Node1, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

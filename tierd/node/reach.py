@@ -10,6 +10,7 @@ remembered.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Awaitable, Callable, Iterator
@@ -27,6 +28,8 @@ Ts = TypeVarTuple("Ts")
 
 _METADATA_THREADS = 16
 _DATA_THREADS = 16
+_GONE = frozenset({errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNABORTED, errno.EHOSTDOWN})
+"""What a network file system answers once it has given up, or its process has died."""
 _AWAY_SECONDS = 0.05
 _TRY_AGAIN_SECONDS = 1.0
 YOUNG_SECONDS = 2.0
@@ -59,10 +62,13 @@ class Patience:
         self._try_at = 0.0
 
     async def ask(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T | None:
-        """The answer, or None if there was none in time."""
+        """The answer, or None if there was none in time, or only the error of a source that is gone."""
         with trio.move_on_after(self._wait_seconds()):
             try:
                 return await function(*args)
+            except OSError as error:
+                if error.errno not in _GONE or math.isinf(self._seconds):
+                    raise
             finally:
                 self._away = trio.current_effective_deadline() <= trio.current_time()
         return None
