@@ -301,7 +301,7 @@ CASES = {
     "nobody's state in root's": Case(
         lambda p: [*as_nobody(p), "--state-dir", mkdir(p.top / "s") / "t"], "state directory {}/s/t: Permission denied"
     ),
-    "nobody lets others in": Case(lambda p: [*as_nobody(p), "--allow-other"], "allow_other needs root"),
+    "nobody lets others in": Case(lambda p: [*as_nobody(p), "--allow-other", "yes"], "allow_other needs root"),
 }
 
 IN_BACKGROUND = (

@@ -210,8 +210,8 @@ def test_a_second_daemon_on_a_state_directory(pair: Pair, scratch: Path) -> None
 
 
 def test_a_second_daemon_on_a_cache_directory(pair: Pair, scratch: Path) -> None:
-    (scratch / "beside").mkdir()
     cache = default_cache_dir(pair.plain.mountpoint)
+    (scratch / "beside").mkdir()
     arguments = ["mount", pair.odd.source, scratch / "beside", "--metrics", "127.0.0.1:0", "--cache-dir", cache]
     done = pair.house.tierd(*arguments)
     assert (done.code, done.out) == (2, "")
@@ -223,12 +223,16 @@ def test_a_second_daemon_on_a_cache_directory(pair: Pair, scratch: Path) -> None
     assert pair.house.mounted(scratch / "beside") is None
 
 
-def test_a_cache_in_memory_is_a_warning(pair: Pair) -> None:
-    """The house's /var/cache is a tmpfs."""
-    log = [json.loads(line) for line in (pair.plain.state / "daemon.log").read_text(encoding="utf-8").splitlines()]
+def test_a_cache_in_memory_is_a_warning(pair: Pair, scratch: Path) -> None:
+    """The house's /run is a tmpfs."""
+    third, state = scratch / "in-memory", scratch / "in-memory-state"
+    third.mkdir()
+    options = ["--state-dir", state, "--cache-dir", "/run/cache", "--metrics", "127.0.0.1:0", "--background"]
+    assert pair.house.tierd("mount", pair.odd.source, third, *options).code == 0
+    assert pair.house.tierd("umount", third).code == 0
+    log = [json.loads(line) for line in (state / "daemon.log").read_text(encoding="utf-8").splitlines()]
     (said,) = (line for line in log if line["event"] == "cache_in_memory")
-    assert (said["level"], said["fstype"]) == ("warning", "tmpfs")
-    assert said["directory"] == str(default_cache_dir(pair.plain.mountpoint))
+    assert (said["level"], said["fstype"], said["directory"]) == ("warning", "tmpfs", "/run/cache")
 
 
 @pytest.mark.parametrize("words", [["evict", "--until-free", "12XB"], ["evict", "--until-free", "-1"]])
