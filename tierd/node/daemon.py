@@ -153,6 +153,7 @@ class Daemon:
             finally:
                 self.seam.close(settings.mountpoint)
                 fuse.detach()
+                self.overlay.end_records()
         finally:
             self.seam.close(settings.mountpoint)
             self.hot.close()

@@ -518,6 +518,14 @@ class Files(Reach):
             self.journal.closed(Closed(handle.fh, handle.recorded_path, self._now_ns(), handle.target.bytes_read))
         self._leave_tier(handle)
 
+    def end_records(self) -> None:
+        """The daemon stops: what is still open, or was closed this moment, counts as read so far."""
+        self.take_events()
+        for handle in self.files.values():
+            if handle.recorded_path is not None:
+                self.journal.closed(Closed(handle.fh, handle.recorded_path, self._now_ns(), handle.target.bytes_read))
+                handle.recorded_path = None
+
     def _leave_tier(self, handle: FileHandle) -> None:
         """The lease ends; pages that the kernel holds twice by now are dropped after the last close."""
         if self._tier is None or handle.model is None:
