@@ -294,16 +294,18 @@ class Files(Reach):
     def _opened_short(self, event: Event) -> None:
         node = event.node
         handle = FileHandle(event.fh, node, -1, False)
-        handle.copy, handle.attributes = node.copy, event.attributes
+        handle.copy, handle.attributes = event.copy, event.attributes
         node.attributes = event.attributes
         self.files[handle.fh] = handle
         self._reads.back(node.id, -1)
+        if not node.backed:
+            node.copy = event.copy
         node.backed += 1
         handle.backed = True
-        if node.copy is not None and self._tier is not None:
-            handle.model = node.copy.model
+        if event.copy is not None and self._tier is not None:
+            handle.model = event.copy.model
             self._tier.leases.take(handle.model)
-            self._tier.read_ahead(node.copy)
+            self._tier.read_ahead(event.copy)
         self._record_open(handle, event.uid, event.pod)
 
     # --- from the source ---
@@ -514,17 +516,19 @@ class Files(Reach):
         if not handle.writable:
             whence = "node_tier" if handle.copy is not None else "fill" if handle.fill is not None else "source"
             self._read_ended(whence, handle.backed, handle.target.bytes_read)
+        self._record_close(handle)
+        self._leave_tier(handle)
+
+    def _record_close(self, handle: FileHandle) -> None:
         if handle.recorded_path is not None:
             self.journal.closed(Closed(handle.fh, handle.recorded_path, self._now_ns(), handle.target.bytes_read))
-        self._leave_tier(handle)
+            handle.recorded_path = None
 
     def end_records(self) -> None:
         """The daemon stops: what is still open, or was closed this moment, counts as read so far."""
         self.take_events()
         for handle in self.files.values():
-            if handle.recorded_path is not None:
-                self.journal.closed(Closed(handle.fh, handle.recorded_path, self._now_ns(), handle.target.bytes_read))
-                handle.recorded_path = None
+            self._record_close(handle)
 
     def _leave_tier(self, handle: FileHandle) -> None:
         """The lease ends; pages that the kernel holds twice by now are dropped after the last close."""

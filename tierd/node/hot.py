@@ -54,6 +54,7 @@ class Event(NamedTuple):
     uid: int = 0
     pod: str | None = None
     attributes: os.stat_result | None = None
+    copy: Copy | None = None
 
 
 class HotName:
@@ -220,7 +221,7 @@ class HotFiles:
             fh = self._next_fh
             self._opens[fh] = hot
             self._files.move_to_end(node_id)
-            self._tell(Event("open", name.node, fh, uid, pod, st))
+            self._tell(Event("open", name.node, fh, uid, pod, st, hot.copy))
             self.opens += 1
         return fh, hot.backing_id
 

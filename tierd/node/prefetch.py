@@ -48,7 +48,8 @@ class Prefetcher:
         for choice in self.plan():
             if choice.take:
                 queued = self._tier.want_model(choice.model, Priority.PREFETCH)
-                log.info("prefetch", model=display(choice.model), bytes=queued, why=choice.reason)
+                if queued:
+                    log.info("prefetch", model=display(choice.model), bytes=queued, why=choice.reason)
 
     def plan(self) -> Sequence[Choice]:
         """What prefetch would do now, each line with its reason. Blocking."""
