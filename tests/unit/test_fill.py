@@ -372,7 +372,7 @@ def test_no_more_than_two_streams_by_threads(shop: Shop, monkeypatch: pytest.Mon
     def take(self: Fill, chunk: int) -> int:
         nonlocal most
         taken = real(self, chunk)
-        most = max(most, self.streams)
+        most = max(most, self.in_work)
         return taken
 
     monkeypatch.setattr(Fill, "_take", take)

@@ -185,11 +185,6 @@ class Fill:
             self._change.notify_all()
             return False
 
-    @property
-    def readers(self) -> int:
-        """Handles that are served from here."""
-        return len(self._targets)
-
     # --- workers, with the lock held ---
 
     def take_demanded(self) -> int | None:
@@ -206,14 +201,14 @@ class Fill:
     def take_after(self, chunk: int) -> int | None:
         """The next chunk of the run that a stream is in."""
         after = chunk + 1
-        inside = after < len(self.chunks) and (after % _RUN_CHUNKS or self.streams == 0)
-        if self.streams >= _STREAMS_PER_FILE:  # others came between this worker's two chunks
+        inside = after < len(self.chunks) and (after % _RUN_CHUNKS or self.in_work == 0)
+        if self.in_work >= _STREAMS_PER_FILE:  # others came between this worker's two chunks
             return None
         return self._take(after) if inside and self.chunks[after] == _MISSING else None
 
     def take_run(self) -> int | None:
         """The first chunk of a run that no stream is in, from the one that readers are at on."""
-        if self.streams >= _STREAMS_PER_FILE:
+        if self.in_work >= _STREAMS_PER_FILE:
             return None
         first = self._front // _RUN_CHUNKS
         runs = -(-len(self.chunks) // _RUN_CHUNKS)
@@ -223,11 +218,6 @@ class Fill:
             if missing >= 0 and self.chunks.find(_IN_WORK, start, end) < 0:
                 return self._take(missing)
         return None
-
-    @property
-    def streams(self) -> int:
-        """Workers that are in this file."""
-        return self.in_work
 
     def lend_fd(self, chunk: int) -> int | None:
         """A descriptor to read a chunk by: the one that has just read what lies before, if it is free.
@@ -293,7 +283,7 @@ class Fill:
 
 
 class Changed(Exception):
-    """The source file is not the version that the fill began with."""
+    """The source file is not the version that the fill began with; `str()` says since when."""
 
 
 class Refused(Exception):
@@ -444,24 +434,28 @@ class Filler:
             self._do(job, buffer)
 
     def _do(self, job: _Job, buffer: memoryview) -> None:
-        """A defect ends the fill that it met, never the worker: readers go on from the source."""
-        try:
-            self._do_job(job, buffer)
-        except Exception as error:
-            log.exception("fill_worker_failed", path=display(job.fill.path) if job.fill else "")
-            if job.fill is not None:
-                self._end(job.fill, Outcome.FAILED, f"a defect in tierd: {error}")
-        finally:
-            if job.fill is not None:
-                self._leave(job.fill)
-
-    def _do_job(self, job: _Job, buffer: memoryview) -> None:
-        if job.fill is None:
+        """Whatever fails ends the fill that it met, never the worker: readers go on from the source."""
+        fill = job.fill
+        if fill is None:
             self._open_wanted()
-        elif job.chunk is None:
-            self._start(job.fill)
-        else:
-            self._fill_chunk(job.fill, job.chunk, buffer)
+            return
+        try:
+            if job.chunk is None:
+                self._start(fill)
+            else:
+                self._fill_chunk(fill, job.chunk, buffer)
+        except Refused as refusal:
+            self._end(fill, Outcome.REFUSED, str(refusal))
+        except Changed as change:
+            self._end(fill, Outcome.CHANGED, str(change))
+        except OSError as error:
+            outcome = Outcome.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Outcome.FAILED
+            self._end(fill, outcome, str(error.strerror))
+        except Exception as error:
+            log.exception("fill_worker_failed", path=display(fill.path))
+            self._end(fill, Outcome.FAILED, f"a defect in tierd: {error}")
+        finally:
+            self._leave(fill)
 
     def _next_job(self, last: _Job | None) -> _Job | None:
         """What a worker that has just done `last` does next; None to stop."""
@@ -530,6 +524,8 @@ class Filler:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ESTALE):
                 log.warning("fill_not_begun", path=display(wanted.path) if wanted else "", reason=error.strerror)
+        except Exception:
+            log.exception("fill_worker_failed", path=display(wanted.path) if wanted else "")
         finally:
             with self._change:
                 self._opening -= 1
@@ -555,27 +551,18 @@ class Filler:
 
     def _start(self, fill: Fill) -> None:
         """Reserve space and make sure that no write can go unnoticed."""
-        try:
-            self._settle(fill)
-            with self._reserving:
-                self._make_room(fill.model, fill.identity.size, fill.priority)
-                draft = self._store.begin(fill.identity, fill.path, fill.model)
-        except Refused as refusal:
-            self._end(fill, Outcome.REFUSED, str(refusal))
-        except Changed:
-            self._end(fill, Outcome.CHANGED, "it changed before the fill began")
-        except OSError as error:
-            outcome = Outcome.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Outcome.FAILED
-            self._end(fill, outcome, str(error.strerror))
-        else:
-            with self._change:
-                over = fill.over
-                if not over:
-                    fill.set_draft(draft)
-                self._change.notify_all()
-            if over:  # stopped meanwhile: whoever reads it has gone back to the source
-                self._store.abandon(draft)
-                draft.close()
+        self._settle(fill)
+        with self._reserving:
+            self._make_room(fill.model, fill.identity.size, fill.priority)
+            draft = self._store.begin(fill.identity, fill.path, fill.model)
+        with self._change:
+            over = fill.over
+            if not over:
+                fill.set_draft(draft)
+            self._change.notify_all()
+        if over:  # stopped meanwhile: whoever reads it has gone back to the source
+            self._store.abandon(draft)
+            draft.close()
 
     def _settle(self, fill: Fill) -> None:
         """A write in the same clock tick as the last one leaves the same timestamp: let the tick pass first."""
@@ -583,25 +570,18 @@ class Filler:
         if 0 <= age < _TICK_SECONDS:
             time.sleep(_TICK_SECONDS - age)
         if self._identify(fill.source_fd) != fill.identity:
-            raise Changed
+            raise Changed("it changed before the fill began")
 
     def _fill_chunk(self, fill: Fill, chunk: int, buffer: memoryview) -> None:
-        try:
-            self._copy_chunk(fill, chunk, buffer)
-        except Changed:
-            self._end(fill, Outcome.CHANGED, "it became shorter while it was read")
-        except OSError as error:
-            outcome = Outcome.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Outcome.FAILED
-            self._end(fill, outcome, str(error.strerror))
-        else:
-            with self._change:
-                freed = fill.landed(chunk)
-                complete = fill.missing == 0 and not fill.over
-                self._change.notify_all()
-            for wait in freed:
-                wait.resume()
-            if complete:
-                self._commit(fill)
+        self._copy_chunk(fill, chunk, buffer)
+        with self._change:
+            freed = fill.landed(chunk)
+            complete = fill.missing == 0 and not fill.over
+            self._change.notify_all()
+        for wait in freed:
+            wait.resume()
+        if complete:
+            self._commit(fill)
 
     def _copy_chunk(self, fill: Fill, chunk: int, buffer: memoryview) -> None:
         with self._change:
@@ -635,17 +615,9 @@ class Filler:
         """All bytes are there: from the disk's and the source's point of view too?"""
         draft = fill.draft
         assert draft is not None
-        try:
-            if self._identify(fill.source_fd) != fill.identity:
-                raise Changed
-            copy = self._store.commit(draft)
-        except Changed:
-            self._end(fill, Outcome.CHANGED, "it changed while it was read")
-        except OSError as error:
-            outcome = Outcome.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Outcome.FAILED
-            self._end(fill, outcome, str(error.strerror))
-        else:
-            self._end(fill, Outcome.COMPLETE, "", copy)
+        if self._identify(fill.source_fd) != fill.identity:
+            raise Changed("it changed while it was read")
+        self._end(fill, Outcome.COMPLETE, "", self._store.commit(draft))
 
     def _end(self, fill: Fill, outcome: Outcome, reason: str, copy: Copy | None = None) -> None:
         with self._change:
@@ -688,5 +660,5 @@ def _read_block(fd: int, block: memoryview, offset: int) -> None:
     while have < len(block):
         got = os.preadv(fd, [block[have:]], offset + have)
         if got == 0:
-            raise Changed
+            raise Changed("it became shorter while it was read")
         have += got
