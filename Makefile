@@ -36,7 +36,7 @@ lock: ## Write the lock files anew from pyproject.toml (UPGRADE=1 takes newer ve
 bench: setup ## Measure model load time, then the overlay beside its source (root; BENCH=model_load or overlay, ARGS=--help)
 	@for name in $(BENCH); do $(BIN)/python -m bench.$$name $(ARGS); done
 
-campaign: setup ## The long form of the model-based tests
+campaign: setup ## What breaks such systems, many times over: minutes to an hour (ARGS="-k name" picks some)
 	@$(BIN)/python -m pytest -m campaign $(ARGS)
 
 clean: ## Remove what was built here

@@ -1,7 +1,4 @@
-"""Random damages of a cache directory, by hand and from below: none is ever served as the file it was.
-
-`pytest -m campaign` does 5,000 of them, a run a hundred. A failure prints the seed; TIERD_CAMPAIGN_SEED repeats it.
-"""
+"""Random damages of a cache directory, by hand and from below: none is ever served as the file it was."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.campaigns import house
 from tests.unit.copies import add_copy, content, forge_seal, read_copy
 from tierd.node import store as store_module
 from tierd.node.store import Copy, Store
 
-SEED_VARIABLE = "TIERD_CAMPAIGN_SEED"
 INODES = range(1, 31)
 CHUNK = 4096
 _TICK_NS = 20_000_000
@@ -169,10 +166,8 @@ class Cache:
 
 def damage_at_random(directory: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """That many damages, and no wrong byte."""
-    seed = int(os.environ.get(SEED_VARIABLE) or random.SystemRandom().randrange(1 << 32))
-    print(f"{SEED_VARIABLE}={seed}")  # shown if it fails
     monkeypatch.setattr(store_module, "CHUNK_BYTES", CHUNK)
-    cache = Cache(directory, seed)
+    cache, amount = Cache(directory, house.seed()), count
     try:
         while count > 0:
             count -= cache.one_round()
@@ -180,7 +175,7 @@ def damage_at_random(directory: Path, count: int, monkeypatch: pytest.MonkeyPatc
         cache.store.close()
         raise
     cache.close()
-    print(dict(cache.done), dict(cache.outcomes))
+    house.report("damaged cache files", damages=amount, done=dict(cache.done), outcomes=dict(cache.outcomes))
     assert cache.outcomes["served"] > cache.outcomes["refused"], "what was not damaged stays"
 
 
