@@ -239,6 +239,31 @@ async def test_an_open_for_writing_is_sent_back_while_short_opens_live(node: Nod
     assert node.hot.release(fh)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("hot_again", [True, False])
+async def test_a_writer_sent_back_from_a_node_of_long_ago_finds_its_successor_free(
+    node: Node1, hot_again: bool
+) -> None:
+    """The kernel looks a name up again only once per open, so the second answer must not be ESTALE."""
+    await node.first_open()
+    old = await node.hot_node()
+    first = await node.kernel.open(PATH)
+    with pytest.raises(OSError, match="Stale"):
+        await node.overlay.open(old.id, os.O_WRONLY, CALLER)
+    successor = node.overlay.inodes.get(await node.kernel.node(PATH))
+    assert successor is not old
+    successor.young_until = 0.0  # time goes by
+    if hot_again:
+        second = await node.kernel.open(PATH)
+        assert successor.backed == 1
+    with pytest.raises(OSError, match="Stale"):
+        await node.overlay.open(old.id, os.O_WRONLY, CALLER)
+    if not hot_again:
+        second = await node.kernel.open(PATH)  # somebody else's, in between
+    writing = await node.kernel.open(PATH, os.O_WRONLY)
+    for opened in (first, second, writing):
+        await node.overlay.release(opened.fh)
+
+
 async def test_a_short_open_while_an_open_for_writing_asks_the_source(
     node: Node1, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

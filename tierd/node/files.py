@@ -323,9 +323,9 @@ class Files(Reach):
             await self._run(self._reads.attributes_changed, node.id)
             self._withdraw(node)
         elif changed or self._excluded(node, flags):
-            await self._send_back(node, found.fd)
+            await self._send_back(node, found.fd, flags)
         if self._excluded(node, flags) or (changed and _reads_a_version(node)):  # it may have become so meanwhile
-            await self._send_back(node, found.fd)
+            await self._send_back(node, found.fd, flags)
         if not node.dirty or flags & os.O_TRUNC:
             node.version = packed
         handle = self._source_handle_of(node, found, flags, caller.uid)
@@ -373,10 +373,17 @@ class Files(Reach):
         """Its readers read one version, whatever is written, and their pages are the node's: no place for a writer."""
         return flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY and _reads_a_version(node)
 
-    async def _send_back(self, node: Node, fd: int) -> NoReturn:
-        """Have the kernel look the name up again and open the new node that this returns."""
-        if not node.retired:
-            self._retire(node, young_until=trio.current_time() + YOUNG_SECONDS)
+    async def _send_back(self, node: Node, fd: int, flags: int) -> NoReturn:
+        """Have the kernel look the name up again and open the node that this returns: a young one, free for that.
+
+        A node that was retired long ago, and is still named by the kernel, has a successor that may be neither.
+        """
+        young_until = trio.current_time() + YOUNG_SECONDS
+        live = self.inodes.by_key(node.key)
+        if live is not None and (live is node or self._excluded(live, flags)):
+            self._retire(live, young_until=young_until)
+        elif live is not None:
+            live.young_until = young_until
         await self._run(os.close, fd)
         raise Moved
 
