@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import house
-from tests.unit.copies import add_copy, content, forge_seal, read_copy
-from tierd.node import store as store_module
-from tierd.node.store import Copy, Store
+from tests.unit.copies import add_copy, content, forge_seal, read_copy, small_chunks
+from tierd.node.copies import Copy
+from tierd.node.store import Store
 
 INODES = range(1, 31)
 CHUNK = 4096
@@ -166,7 +166,7 @@ class Cache:
 
 def damage_at_random(directory: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """That many damages, and no wrong byte."""
-    monkeypatch.setattr(store_module, "CHUNK_BYTES", CHUNK)
+    small_chunks(monkeypatch, CHUNK)
     cache, amount = Cache(directory, house.seed()), count
     try:
         while count > 0:

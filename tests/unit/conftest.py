@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,11 +12,14 @@ from typing import Any
 import pytest
 import trio
 
+from tests.unit.copies import own_store
+from tests.unit.descriptors import open_descriptors
 from tests.unit.kernel import FakeKernel
 from tierd.node.journal import Journal
 from tierd.node.overlay import Overlay
 from tierd.node.seam import ReadTarget
 from tierd.node.sources import PosixSource
+from tierd.node.store import Store
 
 JOURNAL_CAPACITY = 1000
 GATE_SECONDS = 20.0
@@ -127,17 +129,6 @@ def end_bench(bench: Bench) -> None:
     bench.source.close()
 
 
-def open_descriptors() -> set[str]:
-    """Which descriptors this process has, and what they lead to."""
-    found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
-        except FileNotFoundError:
-            continue
-    return found
-
-
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     """A new overlay; afterwards its ledger balances and none of its descriptors is open."""
@@ -195,3 +186,16 @@ def gate() -> Iterator[Gate]:
 def _files_of_any_size_may_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest size that does is tested on real mounts (`test_locks_hold_between_readers_and_writers`)."""
     monkeypatch.setattr("tierd.node.files.PASSTHROUGH_BYTES_MIN", 0)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Where a cache may be made."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def store(directory: Path) -> Iterator[Store]:
+    """An empty store, whose books balance at the end."""
+    with own_store(directory) as made:
+        yield made

@@ -12,12 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.unit.conftest import open_descriptors
+import pytest
+
+from tests.unit.descriptors import open_descriptors
+from tierd.node import copies as copies_module
+from tierd.node import fill as fill_module
 from tierd.node import store as store_module
+from tierd.node.copies import Copy, Damaged, Draft, Identity, Seal, checksum
 from tierd.node.fill import Fill, Filler, Outcome, Priority
 from tierd.node.seam import ReadTarget
 from tierd.node.sources import forced_version
-from tierd.node.store import Copy, Damaged, Draft, Identity, Seal, Store, checksum, opened
+from tierd.node.store import Store, opened
 
 WAIT_SECONDS = 20.0
 MODEL = b"models/llama"
@@ -29,11 +34,17 @@ def content(seed: object, size: int) -> bytes:
     return random.Random(repr(seed)).randbytes(size)
 
 
+def small_chunks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Checksums cover so many bytes, that a test's file has several chunks."""
+    for module in (copies_module, store_module, fill_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", size)
+
+
 def write_draft(draft: Draft, data: bytes) -> None:
     """All chunks of a draft, as a fill would write them."""
     view = memoryview(data)
-    for chunk, start in enumerate(range(0, len(data), store_module.CHUNK_BYTES)):
-        block = view[start : start + store_module.CHUNK_BYTES]
+    for chunk, start in enumerate(range(0, len(data), copies_module.CHUNK_BYTES)):
+        block = view[start : start + copies_module.CHUNK_BYTES]
         draft.write(block, start)
         draft.seal_chunk(chunk, checksum(block))
 
@@ -83,6 +94,23 @@ def own_store(directory: Path) -> Iterator[Store]:
     finally:
         store.close()
     assert sorted(open_descriptors() - before) == []
+
+
+def recovered(directory: Path) -> tuple[dict[int, bytes | None], dict[str, int]]:
+    """What a new daemon would find: contents by inode, and what it counted."""
+    with own_store(directory) as store:
+        ours = {entry for copy in store.copies() for entry in (copy.name, copy.name + ".meta")}
+        assert set(os.listdir(directory)) == ours
+        return {copy.identity.inode: read_copy(store, copy) for copy in store.copies()}, store.recovered
+
+
+def fail_with(number: int) -> Callable[..., Any]:
+    """A system call that fails."""
+
+    def call(*_: object, **__: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return call
 
 
 def seal_of(path: Path) -> Seal:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from tests.unit.conftest import open_descriptors
 from tests.unit.copies import (
     MODEL,
     WAIT_SECONDS,
@@ -26,11 +25,13 @@ from tests.unit.copies import (
     no_need,
     own_store,
     read_copy,
+    small_chunks,
 )
+from tests.unit.descriptors import open_descriptors
 from tierd.node import fill as fill_module
-from tierd.node import store as store_module
+from tierd.node.copies import Identity
 from tierd.node.fill import WORKERS, Fill, Filler, Outcome, Priority, Refused, Wanted
-from tierd.node.store import Identity, Store
+from tierd.node.store import Store
 
 CHUNK = 64 << 10
 BLOCK = 16 << 10
@@ -104,8 +105,7 @@ class Shop:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks, and no wait for a tick of the clock."""
-    monkeypatch.setattr(fill_module, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(store_module, "CHUNK_BYTES", CHUNK)
+    small_chunks(monkeypatch, CHUNK)
     monkeypatch.setattr(fill_module, "_BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(fill_module, "_TICK_SECONDS", 0.0)
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
-from tests.unit.conftest import open_descriptors
 from tests.unit.copies import MODEL, WAIT_SECONDS, Reader, add_copy, content, identity_of, own_store, read_copy
+from tests.unit.descriptors import open_descriptors
 from tierd.node import fill as fill_module
 from tierd.node import tier as tier_module
 from tierd.node.catalog import SourceFile, files_of

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tests.unit.conftest import open_descriptors
 from tests.unit.copies import WAIT_SECONDS, add_copy, content, flip, forge_seal, identity_of, read_copy
+from tests.unit.descriptors import open_descriptors
 from tierd.config import MountSettings
 from tierd.errors import UsageError
 from tierd.metrics import TierMetrics

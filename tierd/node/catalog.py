@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import structlog
 
-from tierd.node.store import Identity
+from tierd.node.copies import Identity
 from tierd.units import looks_like_model, model_of, root_of
 
 log = structlog.get_logger(__name__)

@@ -29,8 +29,9 @@ import structlog
 import xxhash
 
 from tierd.node.chores import join_all
+from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity, chunk_count
 from tierd.node.seam import ReadTarget
-from tierd.node.store import CHUNK_BYTES, Copy, Draft, Identity, Store, chunk_count
+from tierd.node.store import Store
 from tierd.units import display
 
 log = structlog.get_logger(__name__)

@@ -25,7 +25,8 @@ import psutil
 import structlog
 
 from tierd.node.chores import Chores
-from tierd.node.store import Copy, Damaged, Store, opened
+from tierd.node.copies import Copy, Damaged
+from tierd.node.store import Store, opened
 
 log = structlog.get_logger(__name__)
 

@@ -1,14 +1,10 @@
-"""The node tier on disk: whole, verified copies of source files, and drafts that become such copies.
+"""The node tier on disk: which copies there are, and the one order in which they come, are found broken, and go.
 
-A copy is two files of one directory: `NAME` holds exactly the source's bytes, so that the kernel can serve it;
-`NAME.meta` says whose bytes they are and seals them. A draft is `NAME.fill`. The directory is all there is:
-the inventory is rebuilt from it at every start.
+What one copy is, is in `copies.py`. The directory is all there is: the inventory is rebuilt from it at every start.
 
 Order of a commit: data written and synced, renamed to `NAME`, sealed by a synced and renamed `NAME.meta`,
 directory synced. So a copy is there once its `.meta` is, and whatever a crash leaves behind is a leftover that
-`recover` removes. The *seal* is the data file's own inode number, size, mtime and ctime after the rename: any change
-by hand, also one that sets mtime back, changes ctime (inode(7)), so each open can tell for the price of an fstat.
-Flips below the file system are found by the checksums (`verify`).
+`recover` removes.
 
 Contract: blocking, for worker threads; the inventory is guarded by a lock and may be asked from any thread.
 Nothing here decides what to keep: see `policy.py` and `tier.py`.
@@ -16,9 +12,7 @@ Nothing here decides what to keep: see `policy.py` and `tier.py`.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import json
 import os
 import re
 import stat
@@ -27,123 +21,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 import structlog
-import xxhash
 
+from tierd.node.copies import (
+    CHUNK_BYTES,
+    FILL,
+    META,
+    OPEN_FLAGS,
+    SUM_BYTES,
+    Copy,
+    Damaged,
+    Draft,
+    Identity,
+    Removed,
+    checksum,
+    load_copy,
+    read_meta,
+    seal_of,
+    write_meta,
+)
 from tierd.node.readonly import open_view
 from tierd.units import display
 
+__all__ = ["Copy", "Damaged", "Identity", "Store", "opened", "seal_of"]
+
 log = structlog.get_logger(__name__)
 
-CHUNK_BYTES: Final = 4 << 20
-"""What one checksum covers and one fill request reads: JuiceFS's block size."""
-_FORMAT: Final = 1
-_MAGIC: Final = b"tierd copy "
-_SUM_BYTES: Final = 16
-_META, _FILL = ".meta", ".fill"
-_META_BYTES_MAX: Final = 64 << 20
-_SYNC_FILE_RANGE_WRITE: Final = 2
-"""sync_file_range(2): start writing now, so that the commit's fdatasync finds little left to do."""
-
-_OPEN_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""What lies there may be anything by now: no link is followed, and a pipe is not waited for."""
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors that say nothing about a copy: it is a miss this time, and stays."""
 _OUR_NAME: Final = re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+(\.meta)?(\.fill)?")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class Identity(NamedTuple):
-    """One content version of a source file: inode number, size in bytes, times in nanoseconds."""
-
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    def same_bytes_likely(self, other: Identity) -> bool:
-        """True if all but ctime agree: a chmod, or a write with the time set back. The checksums decide."""
-        return self[:3] == other[:3]
-
-
-class Seal(NamedTuple):
-    """The data file as it was committed."""
-
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-
-class Damaged(Exception):
-    """A copy is not what was committed; `str()` says what is wrong."""
-
-
-class Removed(Damaged):
-    """A copy is not there any more, and nothing is wrong with that."""
-
-    def __init__(self) -> None:
-        super().__init__("was removed")
-
-
-class Copy:
-    """A committed copy. Immutable but for what it is a copy of, which `Store.relabel` replaces as a whole."""
-
-    __slots__ = ("identity", "model", "name", "path", "removed", "seal")
-
-    def __init__(self, name: str, identity: Identity, path: bytes, model: bytes, seal: Seal) -> None:
-        self.name = name
-        self.identity = identity
-        self.path = path
-        self.model = model
-        self.seal = seal
-        self.removed = False
-
-
-class Draft:
-    """A copy in the making: space is reserved for all of it, chunks are written in any order.
-
-    Contract: each chunk is written by one thread; `Store.commit` or `Store.abandon` ends it. `fd` stays open until
-    `close`, because readers are served from it.
-    """
-
-    def __init__(self, name: str, identity: Identity, path: bytes, model: bytes, fd: int) -> None:
-        self.name = name
-        self.identity = identity
-        self.path = path
-        self.model = model
-        self.fd = fd
-        self.sums = bytearray(_SUM_BYTES * chunk_count(identity.size))
-
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write bytes. Raises OSError."""
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self.fd, data[done:], offset + done)
-
-    def seal_chunk(self, chunk: int, digest: bytes) -> None:
-        """All bytes of a chunk were written; their `checksum`. Their way to the disk begins now."""
-        self.sums[chunk * _SUM_BYTES : (chunk + 1) * _SUM_BYTES] = digest
-        _libc.sync_file_range(
-            self.fd, ctypes.c_int64(chunk * CHUNK_BYTES), ctypes.c_int64(CHUNK_BYTES), _SYNC_FILE_RANGE_WRITE
-        )
-
-    def close(self) -> None:
-        """No reader needs it any longer."""
-        os.close(self.fd)
-
-
-def chunk_count(size: int) -> int:
-    """How many chunks a file of `size` bytes has."""
-    return -(-size // CHUNK_BYTES)
-
-
-def checksum(data: memoryview) -> bytes:
-    """XXH3, 128 bits (https://xxhash.com): against accidents, not against forgers; the directory is 0700."""
-    return xxhash.xxh3_128_digest(data)
 
 
 class Store:
@@ -205,7 +113,7 @@ class Store:
     def open(self, copy: Copy) -> int:
         """A read-only descriptor of the copy's bytes. Raises Damaged, and drops the copy, if it was tampered with."""
         try:
-            fd = os.open(copy.name, _OPEN_FLAGS, dir_fd=self._view_fd)
+            fd = os.open(copy.name, OPEN_FLAGS, dir_fd=self._view_fd)
         except OSError as error:
             if error.errno in _OUT_OF_RESOURCES or self._drop_damaged(copy, f"cannot be opened: {error.strerror}"):
                 raise Damaged(error.strerror) from None
@@ -260,9 +168,9 @@ class Store:
 
     def sums(self, copy: Copy) -> Iterator[bytes]:
         """The checksum of each chunk, from the disk. Raises OSError, ValueError."""
-        _, sums = self._read_meta(copy.name)
-        for start in range(0, len(sums), _SUM_BYTES):
-            yield sums[start : start + _SUM_BYTES]
+        _, sums = read_meta(self._dir_fd, copy.name)
+        for start in range(0, len(sums), SUM_BYTES):
+            yield sums[start : start + SUM_BYTES]
 
     # --- writing ---
 
@@ -275,13 +183,13 @@ class Store:
             self.reserved_bytes += identity.size
         fd = -1
         try:
-            fd = os.open(name + _FILL, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
+            fd = os.open(name + FILL, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
             os.posix_fallocate(fd, 0, identity.size)
         except OSError:
             if fd >= 0:
                 os.close(fd)
                 with suppress(OSError):
-                    os.unlink(name + _FILL, dir_fd=self._dir_fd)
+                    os.unlink(name + FILL, dir_fd=self._dir_fd)
             self._end_draft(name, identity.size)
             raise
         return Draft(name, identity, path, model, fd)
@@ -300,12 +208,12 @@ class Store:
         if draft.name not in self._drafts:
             raise OSError(errno.ECANCELED, "the draft was abandoned")
         os.fdatasync(draft.fd)
-        os.rename(draft.name + _FILL, draft.name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+        os.rename(draft.name + FILL, draft.name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
         seal = seal_of(os.fstat(draft.fd))
         if seal.size != draft.identity.size:
             raise OSError(errno.EIO, "the draft is not as long as its file")
         copy = Copy(draft.name, draft.identity, draft.path, draft.model, seal)
-        self._write_meta(copy, bytes(draft.sums))
+        write_meta(self._dir_fd, copy, bytes(draft.sums))
         os.fsync(self._dir_fd)
         with self._lock:
             if draft.name not in self._drafts:
@@ -326,7 +234,7 @@ class Store:
         """
         if not self._end_draft(draft.name, draft.identity.size):
             return
-        for name in (draft.name + _META, draft.name + _META + _FILL, draft.name, draft.name + _FILL):
+        for name in (draft.name + META, draft.name + META + FILL, draft.name, draft.name + FILL):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._dir_fd)
 
@@ -342,12 +250,12 @@ class Store:
 
     def relabel(self, copy: Copy, identity: Identity, path: bytes, model: bytes) -> Copy:
         """The same bytes are known to be another ctime's, or lie under another name now. Raises OSError, ValueError."""
-        _, sums = self._read_meta(copy.name)
+        _, sums = read_meta(self._dir_fd, copy.name)
         renewed = Copy(copy.name, identity, path, model, copy.seal)
         with self._lock:
             if copy.removed:
                 return copy
-            self._write_meta(renewed, sums)
+            write_meta(self._dir_fd, renewed, sums)
             self._forget(copy)
             self._add(renewed)
         self._removed(copy)
@@ -372,7 +280,7 @@ class Store:
 
     def _unlink(self, copy: Copy) -> None:
         """The seal goes first: without it the data is a leftover."""
-        for name in (copy.name + _META, copy.name):
+        for name in (copy.name + META, copy.name):
             try:
                 os.unlink(name, dir_fd=self._dir_fd)
             except FileNotFoundError:
@@ -380,54 +288,13 @@ class Store:
             except OSError as error:
                 log.warning("copy_not_removed", file=name, reason=error.strerror)
 
-    # --- the sealing file ---
-
-    def _write_meta(self, copy: Copy, sums: bytes) -> None:
-        header = {
-            "format": _FORMAT,
-            "path": display(copy.path),
-            "model": display(copy.model),
-            "identity": list(copy.identity),
-            "chunk_bytes": CHUNK_BYTES,
-            "seal": list(copy.seal),
-        }
-        body = _MAGIC + json.dumps(header).encode("ascii") + b"\n" + sums
-        temporary = copy.name + _META + _FILL
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._dir_fd)
-        try:
-            with open(fd, "wb") as file:
-                file.write(body + checksum(memoryview(body)))
-                file.flush()
-                os.fsync(fd)
-            os.rename(temporary, copy.name + _META, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(temporary, dir_fd=self._dir_fd)
-            raise
-
-    def _read_meta(self, name: str) -> tuple[dict[str, Any], bytes]:
-        """The header and the chunk checksums. Raises OSError, ValueError."""
-        fd = os.open(name + _META, _OPEN_FLAGS, dir_fd=self._dir_fd)
-        with open(fd, "rb") as file:
-            data = file.read(_META_BYTES_MAX)
-        body, own = data[:-_SUM_BYTES], data[-_SUM_BYTES:]
-        if not body.startswith(_MAGIC) or checksum(memoryview(body)) != own:
-            raise ValueError("its .meta file is damaged")
-        line, _, sums = body[len(_MAGIC) :].partition(b"\n")
-        header = json.loads(line)
-        if header.get("format") != _FORMAT or header.get("chunk_bytes") != CHUNK_BYTES:
-            raise ValueError("its format is another version's")
-        return header, sums
-
     # --- leftovers ---
 
     def leftovers(self) -> list[str]:
         """Files of ours that belong to no copy and to no draft. What others keep in the directory is not ours."""
         with self._lock:
-            ours = {entry for copy in self._by_inode.values() for entry in (copy.name, copy.name + _META)}
-            ours |= {
-                entry for name in self._drafts for entry in (name, name + _FILL, name + _META, name + _META + _FILL)
-            }
+            ours = {entry for copy in self._by_inode.values() for entry in (copy.name, copy.name + META)}
+            ours |= {entry for name in self._drafts for entry in (name, name + FILL, name + META, name + META + FILL)}
             return sorted(filter(_OUR_NAME.fullmatch, set(os.listdir(self._dir_fd)) - ours))
 
     def remove_leftovers(self) -> int:
@@ -441,9 +308,9 @@ class Store:
         counts = {"copies": 0, "leftovers": 0, "damaged": 0}
         names = filter(_OUR_NAME.fullmatch, os.listdir(self._dir_fd))
         found = []
-        for name in (name.removesuffix(_META) for name in names if name.endswith(_META)):
+        for name in (name.removesuffix(META) for name in names if name.endswith(META)):
             try:
-                found.append(self._recover_copy(name))
+                found.append(load_copy(self._dir_fd, name))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 log.warning("copy_dropped", file=name, reason=str(error))
                 counts["damaged"] += 1
@@ -452,15 +319,6 @@ class Store:
         counts["copies"] = len(self._by_inode)
         counts["leftovers"] = self.remove_leftovers()
         return counts
-
-    def _recover_copy(self, name: str) -> Copy:
-        header, sums = self._read_meta(name)
-        identity, seal = Identity(*header["identity"]), Seal(*header["seal"])
-        if seal_of(os.stat(name, dir_fd=self._dir_fd, follow_symlinks=False)) != seal or seal.size != identity.size:
-            raise ValueError("it was changed by hand or torn by a crash")
-        if len(sums) != _SUM_BYTES * chunk_count(identity.size):
-            raise ValueError("its checksums are incomplete")
-        return Copy(name, identity, _bytes(header["path"]), _bytes(header["model"]), seal)
 
     def _remove_leftover(self, name: str) -> bool:
         try:
@@ -479,15 +337,6 @@ class Store:
             assert self.held_bytes == sum(sum(sizes.values()) for sizes in self._held.values())
             assert self.reserved_bytes >= 0
             assert not any(copy.removed for copy in self._by_inode.values())
-
-
-def seal_of(st: os.stat_result) -> Seal:
-    """The seal that a data file has now."""
-    return Seal(st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
 
 
 @contextmanager

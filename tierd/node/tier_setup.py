@@ -14,12 +14,13 @@ import trio
 from tierd.config import MountSettings
 from tierd.metrics import TierMetrics
 from tierd.node.catalog import files_of
+from tierd.node.copies import Copy
 from tierd.node.evict import Evictor
 from tierd.node.index import Index
 from tierd.node.prefetch import Prefetcher
 from tierd.node.readahead import ReadAhead
 from tierd.node.sources import PosixSource
-from tierd.node.store import Copy, Store
+from tierd.node.store import Store
 from tierd.node.tier import NodeTier, TierSettings
 from tierd.node.usage import Usage
 from tierd.units import model_of
