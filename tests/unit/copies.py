@@ -16,13 +16,17 @@ import pytest
 
 from tests.unit.descriptors import open_descriptors
 from tierd.node import copies as copies_module
+from tierd.node import fetch as fetch_module
 from tierd.node import fill as fill_module
+from tierd.node import filler as filler_module
 from tierd.node import store as store_module
 from tierd.node.copies import Copy, Damaged, Draft, Identity, Seal, checksum
-from tierd.node.fill import Fill, Filler, Outcome, Priority
+from tierd.node.fill import Fill, Outcome
+from tierd.node.filler import Filler
 from tierd.node.seam import ReadTarget
 from tierd.node.sources import forced_version
 from tierd.node.store import Store, opened
+from tierd.node.wanted import Priority
 
 WAIT_SECONDS = 20.0
 MODEL = b"models/llama"
@@ -36,7 +40,7 @@ def content(seed: object, size: int) -> bytes:
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Checksums cover so many bytes, that a test's file has several chunks."""
-    for module in (copies_module, store_module, fill_module):
+    for module in (copies_module, store_module, fill_module, fetch_module, filler_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", size)
 
 

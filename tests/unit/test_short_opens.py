@@ -16,7 +16,7 @@ from tests.unit.conftest import Bench, Gate, Reads, end_bench, open_descriptors
 from tests.unit.copies import MODEL, WAIT_SECONDS, own_store
 from tests.unit.kernel import CALLER, FakeKernel
 from tests.unit.test_tier import Tiered
-from tierd.node import fill as fill_module
+from tierd.node import filler as filler_module
 from tierd.node import hot as hot_module
 from tierd.node.hot import FIRST_FH, HotFiles
 from tierd.node.inodes import Node
@@ -102,7 +102,7 @@ class Node1:
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Node1]]:
-    monkeypatch.setattr(fill_module, "_TICK_SECONDS", 0.0)
+    monkeypatch.setattr(filler_module, "_TICK_SECONDS", 0.0)
     before = open_descriptors()
     nodes: list[Node1] = []
     with own_store(tmp_path / "cache") as store:

@@ -14,14 +14,15 @@ from structlog.testing import capture_logs
 
 from tests.unit.copies import MODEL, WAIT_SECONDS, Reader, add_copy, content, identity_of, own_store, read_copy
 from tests.unit.descriptors import open_descriptors
-from tierd.node import fill as fill_module
+from tierd.node import filler as filler_module
 from tierd.node import tier as tier_module
 from tierd.node.catalog import SourceFile, files_of
-from tierd.node.fill import Fill, Outcome, Priority
+from tierd.node.fill import Fill, Outcome
 from tierd.node.sources import PosixSource
 from tierd.node.store import Copy, Identity, Store
 from tierd.node.tier import NodeTier, TierSettings
 from tierd.node.usage import Usage
+from tierd.node.wanted import Priority
 from tierd.policy import NS, Watermarks
 from tierd.units import model_of
 
@@ -158,7 +159,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def bench(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tiered]:
-    monkeypatch.setattr(fill_module, "_TICK_SECONDS", 0.0)
+    monkeypatch.setattr(filler_module, "_TICK_SECONDS", 0.0)
     before = open_descriptors()
     made = Tiered(tmp_path, store)
     yield made

@@ -16,7 +16,7 @@ from tests.unit.descriptors import open_descriptors
 from tierd.config import MountSettings
 from tierd.errors import UsageError
 from tierd.metrics import TierMetrics
-from tierd.node import fill as fill_module
+from tierd.node import filler as filler_module
 from tierd.node import tier_control as control_module
 from tierd.node.catalog import walk
 from tierd.node.index import Index
@@ -83,7 +83,7 @@ class Node:
         filler = self.parts.tier.filler
         with filler._change:
             assert filler._change.wait_for(
-                lambda: not filler._active and not filler._opening and not any(filler._queues.values()), WAIT_SECONDS
+                lambda: not filler._active and not filler._opening and not filler.queued(), WAIT_SECONDS
             )
         (row,) = self.control.progress_of([name])["models"]
         assert row["state"] == "complete", row
@@ -100,7 +100,7 @@ class Node:
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
-    monkeypatch.setattr(fill_module, "_TICK_SECONDS", 0.0)
+    monkeypatch.setattr(filler_module, "_TICK_SECONDS", 0.0)
     before = open_descriptors()
     made = Node(tmp_path)
     yield made
@@ -206,7 +206,7 @@ def test_a_model_that_does_not_fit_says_why(tmp_path: Path) -> None:
     filler = node.parts.tier.filler
     with filler._change:
         assert filler._change.wait_for(lambda: not filler._active and not filler._opening and not filler.dropped
-                                       and not any(filler._queues.values()), WAIT_SECONDS)  # fmt: skip
+                                       and not filler.queued(), WAIT_SECONDS)  # fmt: skip
     row = node.control.progress(b"models/m")
     assert (row["state"], row["bytes_done"]) == ("absent", 0)
     node.close()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import structlog
 import trio
 
-from tierd.node.fill import Priority
 from tierd.node.tier import NodeTier
+from tierd.node.wanted import Priority
 from tierd.policy import Candidate, Choice, prefetch_order
 from tierd.units import display
 

@@ -23,10 +23,12 @@ import structlog
 from tierd.node.catalog import SourceFile
 from tierd.node.chores import Chores
 from tierd.node.copies import CHUNK_BYTES, Copy, Identity, checksum
-from tierd.node.fill import WORKERS, Fill, Filler, Outcome, Priority, Refused, Wanted
+from tierd.node.fill import Fill, Outcome
+from tierd.node.filler import WORKERS, Filler, Refused
 from tierd.node.sources import PosixSource, forced_version
 from tierd.node.store import Store
 from tierd.node.usage import Usage
+from tierd.node.wanted import Priority, Wanted
 from tierd.policy import Resident, Space, Watermarks, admit, next_victim, surplus_bytes
 from tierd.units import display, holds_weights
 

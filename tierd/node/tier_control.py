@@ -17,11 +17,11 @@ from typing import Any
 from tierd.errors import UsageError
 from tierd.node.catalog import SourceFile
 from tierd.node.copies import Copy, Damaged
-from tierd.node.fill import Priority
 from tierd.node.index import Index
 from tierd.node.readahead import resident_bytes
 from tierd.node.store import opened
 from tierd.node.tier_setup import TierParts
+from tierd.node.wanted import Priority
 from tierd.policy import lru, surplus_bytes
 from tierd.units import display
 
