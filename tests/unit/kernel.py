@@ -134,3 +134,12 @@ class FakeKernel:
             if count > 1:
                 self.overlay.forget(node_id, count // 2)
         self.lookups.clear()
+
+
+async def number_of(call: Awaitable[object]) -> str:
+    """The errno that a call ends with, by name; `ok` if it does not fail."""
+    try:
+        await call
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "ok"
