@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import structlog
-import trio
 
+from tierd.node.rounds import Rounds
 from tierd.node.tier import NodeTier
 from tierd.node.wanted import Priority
 from tierd.policy import Candidate, Choice, prefetch_order
@@ -20,27 +20,12 @@ MIN_HEAT = 0.1
 """A model loaded once is prefetched until it was idle for a bit more than three half-lives."""
 
 
-class Prefetcher:
+class Prefetcher(Rounds):
     """Queues what is missing of the hottest and of the pinned models, at most `_CANDIDATES_MAX` beyond the pinned."""
 
     def __init__(self, tier: NodeTier) -> None:
+        super().__init__(self._look, interval_s=_INTERVAL_SECONDS, failed="prefetch_failed")
         self._tier = tier
-        self._wakeup = trio.Event()
-
-    def needed(self) -> None:
-        """A pin was set: look now (from the trio thread)."""
-        self._wakeup.set()
-
-    async def run(self) -> None:
-        """Prefetch until cancelled."""
-        while True:
-            try:
-                await trio.to_thread.run_sync(self._look)
-            except OSError as error:
-                log.warning("prefetch_failed", reason=error.strerror)
-            with trio.move_on_after(_INTERVAL_SECONDS):
-                await self._wakeup.wait()
-            self._wakeup = trio.Event()
 
     def _look(self) -> None:
         if self._tier.filler.busy_for_readers():
