@@ -26,7 +26,6 @@ from tierd.node.filler import Filler
 from tierd.node.seam import ReadTarget
 from tierd.node.sources import forced_version
 from tierd.node.store import Store, opened
-from tierd.node.wanted import Priority
 
 WAIT_SECONDS = 20.0
 MODEL = b"models/llama"
@@ -246,5 +245,6 @@ class ByHand(Filler):
         return count
 
 
-def no_need(model: bytes, size: int, priority: Priority) -> None:
-    """There is room."""
+def from_store(store: Store) -> Callable[[Fill], Draft]:
+    """A filler's `reserve`: there is room, unless the disk has none."""
+    return lambda fill: store.begin(fill.identity, fill.path, fill.model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 
 import pytest
 
@@ -15,7 +14,8 @@ from tests.unit.copies import (
 )
 from tests.unit.shop import CHUNK, Shop, Tap, break_reads
 from tierd.node import filler as filler_module
-from tierd.node.fill import Outcome
+from tierd.node.copies import Draft
+from tierd.node.fill import Fill, Outcome
 from tierd.node.filler import Refused
 from tierd.node.wanted import Priority
 
@@ -161,10 +161,10 @@ def test_no_space_at_any_step(shop: Shop, monkeypatch: pytest.MonkeyPatch, call:
 def test_a_refused_fill_sends_its_readers_to_the_source(shop: Shop) -> None:
     data = shop.write("x", 2 * CHUNK)
 
-    def refuse(model: bytes, size: int, priority: Priority) -> None:
-        raise Refused(f"{size} bytes for {model!r} at {priority.name}")
+    def refuse(fill: Fill) -> Draft:
+        raise Refused(f"{fill.identity.size} bytes for {fill.model!r} at {fill.priority.name}")
 
-    filler = shop.filler(make_room=refuse)
+    filler = shop.filler(reserve=refuse)
     reader = shop.read(filler, "x")
     assert reader.read(0, 2 * CHUNK) == data
     fill, copy, reason = shop.ended.next()
@@ -183,25 +183,3 @@ def test_too_few_descriptors_for_a_fill_are_no_error(shop: Shop, monkeypatch: py
 
     monkeypatch.setattr(os, "dup", fail)
     assert shop.begin(filler, "x") is None
-
-
-def test_no_two_fills_count_on_the_same_room(shop: Shop) -> None:
-    """Judging room and reserving it is one step, however many workers start fills."""
-    limit = 3 * CHUNK
-    together = threading.Barrier(2)
-
-    def make_room(model: bytes, size: int, priority: Priority) -> None:
-        if shop.store.reserved_bytes + shop.store.held_bytes + size > limit:
-            raise Refused("full")
-        try:
-            together.wait(0.2)  # one that could be judged at the same time now would be
-        except threading.BrokenBarrierError:
-            together.reset()
-
-    filler = shop.filler(make_room=make_room)
-    for number in range(4):
-        shop.write(f"{number}", 2 * CHUNK)
-        shop.begin(filler, f"{number}")
-    outcomes = sorted(shop.ended.outcome().value for _ in range(4))
-    assert outcomes == ["complete", "refused", "refused", "refused"]
-    assert shop.store.held_bytes == 2 * CHUNK

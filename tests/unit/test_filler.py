@@ -13,16 +13,16 @@ from tests.unit.copies import (
     WAIT_SECONDS,
     ByHand,
     Reader,
+    from_store,
     identify,
-    no_need,
 )
 from tests.unit.descriptors import open_descriptors
 from tests.unit.shop import CHUNK, Shop, Tap
 from tierd.node import fill as fill_module
 from tierd.node import filler as filler_module
 from tierd.node import wanted as wanted_module
-from tierd.node.copies import Identity
-from tierd.node.fill import Outcome
+from tierd.node.copies import Draft, Identity
+from tierd.node.fill import Fill, Outcome
 from tierd.node.filler import WORKERS, Filler
 from tierd.node.wanted import Priority
 
@@ -270,11 +270,12 @@ def test_a_stop_while_space_is_reserved(shop: Shop) -> None:
     data = shop.write("x", 2 * CHUNK)
     reserving, go_on = threading.Event(), threading.Event()
 
-    def make_room(model: bytes, size: int, priority: Priority) -> None:
+    def reserve(fill: Fill) -> Draft:
         reserving.set()
         assert go_on.wait(WAIT_SECONDS)
+        return shop.store.begin(fill.identity, fill.path, fill.model)
 
-    filler = shop.filler(make_room=make_room, workers=1)
+    filler = shop.filler(reserve=reserve, workers=1)
     reader = shop.read(filler, "x")
     parked = reader.ask(0, 1)
     assert reserving.wait(WAIT_SECONDS)
@@ -325,7 +326,9 @@ def test_a_stop_while_a_copy_is_committed(shop: Shop, monkeypatch: pytest.Monkey
 def test_a_filler_that_never_started_can_be_stopped(shop: Shop) -> None:
     """A daemon that fails before its mount stops what it has built."""
     shop.write("x", CHUNK)
-    filler = Filler(shop.store, open_source=shop.open_source, identify=identify, make_room=no_need, finished=shop.ended)
+    filler = Filler(
+        shop.store, open_source=shop.open_source, identify=identify, reserve=from_store(shop.store), finished=shop.ended
+    )
     reader = shop.read(filler, "x")
     parked = reader.ask(0, 1)
     filler.stop()

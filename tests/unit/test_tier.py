@@ -6,8 +6,10 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -486,6 +488,30 @@ def test_what_is_colder_is_refused_with_a_reason(tmp_path: Path, store: Store) -
     assert "more than the node tier may ever hold" in bench.tier.reason(b"models/huge")
     assert bench.counts.refusals == 2
     assert len(bench.models()) == 4
+    bench.close()
+
+
+def test_no_two_fills_count_on_the_same_room(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judging room and reserving it is one step, however many workers start fills."""
+    bench = Tiered(tmp_path, store, limit_bytes=30_000)
+    names = [f"{number}/x.bin" for number in range(4)]
+    for name in names:
+        bench.write(name, 20_000)
+        assert bench.open(name)[1] is not None
+        bench.usage.leases.take(b"models/" + name[:1].encode())  # none leaves for another
+    together = threading.Barrier(2)
+    real = store.begin
+
+    def begin(*arguments: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(0.2)  # one that was judged at the same time would come along
+        together.reset()
+        return real(*arguments)
+
+    monkeypatch.setattr(store, "begin", begin)
+    bench.start()
+    assert [outcome for outcome, _ in bench.counts.wait_for_fills(4)] == ["complete", "refused", "refused", "refused"]
+    assert (store.held_bytes, store.reserved_bytes) == (20_000, 0)
     bench.close()
 
 

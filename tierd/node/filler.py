@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 import structlog
 
 from tierd.node.chores import join_all
-from tierd.node.copies import CHUNK_BYTES, Copy, Identity
+from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity
 from tierd.node.fetch import BLOCK_BYTES, Changed, fetch_chunk
 from tierd.node.fill import Fill, Outcome, close_all
 from tierd.node.store import Store
@@ -58,8 +58,8 @@ class Refused(Exception):
 class Filler:
     """See the module.
 
-    `open_source(path)` opens a source file; `identify(fd)` is its version past every cache. `make_room(model, size,
-    priority)` evicts for a fill or raises Refused. `finished(fill, copy)` is called from a worker after each fill.
+    `open_source(path)` opens a source file; `identify(fd)` is its version past every cache. `reserve(fill)` finds room
+    for a fill or raises Refused. `finished(fill, copy, reason)` is called from a worker after each fill.
     `bandwidth` limits bytes per second read for others than waiting readers; 0 means no limit.
     """
 
@@ -69,7 +69,7 @@ class Filler:
         *,
         open_source: Callable[[bytes], int],
         identify: Callable[[int], Identity],
-        make_room: Callable[[bytes, int, Priority], None],
+        reserve: Callable[[Fill], Draft],
         finished: Callable[[Fill, Copy | None, str], None],
         bandwidth: int = 0,
         workers: int = WORKERS,
@@ -77,12 +77,10 @@ class Filler:
         self._store = store
         self._open_source = open_source
         self._identify = identify
-        self._make_room = make_room
+        self._reserve = reserve
         self._finished = finished
         self._bandwidth = bandwidth
         self._change = threading.Condition()
-        self._reserving = threading.Lock()
-        """Held from the judgement that there is room until it is reserved: no two fills count on the same bytes."""
         self._active: dict[int, Fill] = {}
         self._wanted = WantedFiles()
         self._opening = 0
@@ -301,9 +299,7 @@ class Filler:
     def _start(self, fill: Fill) -> None:
         """Reserve space and make sure that no write can go unnoticed."""
         self._settle(fill)
-        with self._reserving:
-            self._make_room(fill.model, fill.identity.size, fill.priority)
-            draft = self._store.begin(fill.identity, fill.path, fill.model)
+        draft = self._reserve(fill)
         with self._change:
             over = fill.over
             if not over:

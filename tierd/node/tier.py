@@ -3,7 +3,8 @@
 The read path asks `find`, `is_current` and `begin`; everything else happens in fill workers and chores, and a tier
 that is full, broken or off means that files are read from the source.
 
-Contract: any thread. `_room` is held by whoever judges space and evicts for it, so that no two count on the same bytes.
+Contract: any thread. `_room` is held from the judgement that there is room, or too little, until it is reserved or
+made: no two count on the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import structlog
 
 from tierd.node.catalog import SourceFile
 from tierd.node.chores import Chores
-from tierd.node.copies import CHUNK_BYTES, Copy, Identity, checksum
+from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity, checksum
 from tierd.node.fill import Fill, Outcome
 from tierd.node.filler import WORKERS, Filler, Refused
 from tierd.node.sources import PosixSource, forced_version
@@ -103,7 +104,7 @@ class NodeTier:
             store,
             open_source=self._open_source,
             identify=self._identify,
-            make_room=self._make_room,
+            reserve=self._reserve,
             finished=self._finished,
             bandwidth=settings.bandwidth,
             workers=settings.workers,
@@ -225,19 +226,23 @@ class NodeTier:
             self._metrics.refused()
         return refused is None
 
+    def _reserve(self, fill: Fill) -> Draft:
+        """Room for a fill, after what is colder has left for it. Raises Refused, OSError."""
+        with self._room:
+            self._make_room(fill.model, fill.identity.size, fill.priority)
+            return self.store.begin(fill.identity, fill.path, fill.model)
+
     def _make_room(self, model: bytes, size: int, priority: Priority) -> None:
-        """Evict for a fill what is colder. Raises Refused."""
         marks, heat = self.settings.marks, self.usage.heat(model) + (priority is not Priority.PREFETCH)
         if priority is Priority.PREFETCH:
             marks = Watermarks(max(0.0, marks.stop - 1e-6), marks.stop)
         if self.usage.pinned(model):
             heat = float("inf")
-        with self._room:
-            admission = admit(size, model, heat, self.residents(), self.space(), marks)
-            if admission.refused is not None:
-                raise Refused(admission.refused)
-            for victim in admission.victims:
-                self.evict(victim.model, f"room for {display(model)}", "room")
+        admission = admit(size, model, heat, self.residents(), self.space(), marks)
+        if admission.refused is not None:
+            raise Refused(admission.refused)
+        for victim in admission.victims:
+            self.evict(victim.model, f"room for {display(model)}", "room")
 
     def evict(self, model: bytes, why: str, reason: str) -> int:
         """Remove all copies of a model that nobody has open; how many bytes. `reason` is the metric's label."""
