@@ -193,11 +193,29 @@ def admit(
     room = _shortfall(need_bytes, space, marks.start)
     if not room:
         return Admission((), None)
-    others = [one for one in residents if _evictable(one) and one.model != model]
-    colder = [one for one in others if one.heat < heat]
-    colder_bytes = _held(colder)
-    refused = _refusal(need_bytes, space, marks.start, colder_bytes, _held(others) - colder_bytes)
+    others = [one for one in residents if one.model != model]
+    refused = refusal(need_bytes, model, heat, others, space, marks)
+    colder = (one for one in others if one.heat < heat)
     return Admission((), refused) if refused else Admission(_needed(room, _until(room, lru(colder))), None)
+
+
+def refusal(
+    need_bytes: int, model: bytes, heat: float, residents: Iterable[Resident], space: Space, marks: Watermarks
+) -> str | None:
+    """What `admit` would say in `refused`, from no more of `residents` than it takes to tell: none if there is room."""
+    room = _shortfall(need_bytes, space, marks.start)
+    colder_bytes = hotter_bytes = 0
+    if room and need_bytes <= _most(space, marks.start):
+        for resident in residents:
+            if resident.model == model or not _evictable(resident):
+                continue
+            if resident.heat >= heat:
+                hotter_bytes += resident.held_bytes
+                continue
+            colder_bytes += resident.held_bytes
+            if colder_bytes >= room:
+                break
+    return _refusal(need_bytes, space, marks.start, colder_bytes, hotter_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +351,7 @@ def _needed(room: int, taken: list[Resident]) -> tuple[Resident, ...]:
 
 def _refusal(need_bytes: int, space: Space, free_ratio: float, colder_bytes: int, hotter_bytes: int) -> str | None:
     """Why `need_bytes` cannot have room, None if they can."""
-    most = min(space.limit_bytes, space.total_bytes - _at_least(free_ratio, space))
+    most = _most(space, free_ratio)
     room = _shortfall(need_bytes, space, free_ratio)
     if need_bytes > most:
         return f"needs {_gib(need_bytes)}, more than the node tier may ever hold ({_gib(most)})"
@@ -344,6 +362,11 @@ def _refusal(need_bytes: int, space: Space, free_ratio: float, colder_bytes: int
     return (
         f"{_gib(room)} would have to leave, but only {_gib(colder_bytes + hotter_bytes)} is neither leased nor pinned"
     )
+
+
+def _most(space: Space, free_ratio: float) -> int:
+    """The bytes that a node tier may hold that has the disk for itself."""
+    return min(space.limit_bytes, space.total_bytes - _at_least(free_ratio, space))
 
 
 def _at_least(free_ratio: float, space: Space) -> int:

@@ -24,6 +24,7 @@ from tierd.policy import (
     lru,
     next_victim,
     prefetch_order,
+    refusal,
     surplus_bytes,
 )
 
@@ -230,6 +231,34 @@ def test_the_least_recently_used_of_the_colder_leave() -> None:
     ]
     found = admit(90, b"own", 2.0, residents, disk(free=100, held=400), MARKS)
     assert (names(found.victims), found.refused) == (["old", "newer"], None)
+
+
+def test_a_refusal_looks_at_no_more_than_it_takes_to_tell() -> None:
+    """Who fits without anybody leaving is told so at once, however much the node holds."""
+
+    def residents(count: int) -> Iterable[Resident]:
+        yield from (resident(f"{number}", 10) for number in range(count))
+        pytest.fail("one too many was looked at")
+
+    def refused(need: int, count: int, heat: float = 2.0, free: int = 100) -> str | None:
+        return refusal(need, b"new", heat, residents(count), disk(free=free), Watermarks(0.0, 0.1))
+
+    assert refused(100, 0) is None
+    assert refused(101, 1) is None
+    assert refused(120, 2) is None
+    assert refused(1001, 0) is not None, "more than there will ever be"
+
+
+@given(tiers(), st.integers(0, 1500), heats, watermarks)
+def test_a_refusal_is_what_admission_says(
+    tier: tuple[list[Resident], Space], need: int, heat: float, marks: Watermarks
+) -> None:
+    residents, space = tier
+    told = refusal(need, b"m3", heat, residents, space, marks)
+    assert told == admit(need, b"m3", heat, residents, space, marks).refused
+    others = [one for one in residents if evictable(one) and one.model != b"m3"]
+    all_gone = after(space, need, [one for one in others if one.heat < heat])
+    assert (told is None) == (fits(all_gone, marks.start) or fits(after(space, need, ()), marks.start))
 
 
 def test_nobody_leaves_in_vain() -> None:

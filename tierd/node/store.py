@@ -54,6 +54,24 @@ _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _OUR_NAME: Final = re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+(\.meta)?(\.fill)?")
 
 
+class _Held:
+    """The copies of one model by name, and their bytes: a running total, for each miss asks for it."""
+
+    __slots__ = ("bytes", "copies")
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.copies: dict[str, Copy] = {}
+
+    def add(self, copy: Copy) -> None:
+        self.copies[copy.name] = copy
+        self.bytes += copy.identity.size
+
+    def remove(self, copy: Copy) -> None:
+        del self.copies[copy.name]
+        self.bytes -= copy.identity.size
+
+
 class Store:
     """See the module. `removed` is told of each copy that was removed, from any thread."""
 
@@ -62,8 +80,8 @@ class Store:
         self._removed = removed
         self._lock = threading.Lock()
         self._by_inode: dict[int, Copy] = {}
-        self._held: dict[bytes, dict[str, int]] = {}
-        """Bytes of each copy by model and name."""
+        self._held: dict[bytes, _Held] = {}
+        """What there is of each model; models without a copy are not in it."""
         self.held_bytes = 0
         self.reserved_bytes = 0
         self._drafts: set[str] = set()
@@ -102,11 +120,13 @@ class Store:
     def held_by_model(self) -> dict[bytes, int]:
         """Committed bytes of each model that has any."""
         with self._lock:
-            return {model: sum(sizes.values()) for model, sizes in self._held.items()}
+            return {model: held.bytes for model, held in self._held.items()}
 
     def copies_of(self, model: bytes) -> list[Copy]:
         """The copies of one model."""
-        return [copy for copy in self.copies() if copy.model == model]
+        with self._lock:
+            held = self._held.get(model)
+            return list(held.copies.values()) if held is not None else []
 
     # --- reading ---
 
@@ -267,15 +287,15 @@ class Store:
             self._forget(before)
         self._by_inode[copy.identity.inode] = copy
         self.held_bytes += copy.identity.size
-        self._held.setdefault(copy.model, {})[copy.name] = copy.identity.size
+        self._held.setdefault(copy.model, _Held()).add(copy)
 
     def _forget(self, copy: Copy) -> None:
         copy.removed = True
         del self._by_inode[copy.identity.inode]
         self.held_bytes -= copy.identity.size
         of_model = self._held[copy.model]
-        del of_model[copy.name]
-        if not of_model:
+        of_model.remove(copy)
+        if not of_model.copies:
             del self._held[copy.model]
 
     def _unlink(self, copy: Copy) -> None:
@@ -334,7 +354,11 @@ class Store:
         """Assert the invariants; for tests."""
         with self._lock:
             assert self.held_bytes == sum(copy.identity.size for copy in self._by_inode.values())
-            assert self.held_bytes == sum(sum(sizes.values()) for sizes in self._held.values())
+            assert self.held_bytes == sum(held.bytes for held in self._held.values())
+            for model, held in self._held.items():
+                assert held.bytes == sum(copy.identity.size for copy in held.copies.values())
+                assert all(copy.model == model and not copy.removed for copy in held.copies.values())
+            assert len(self._by_inode) == sum(len(held.copies) for held in self._held.values())
             assert self.reserved_bytes >= 0
             assert not any(copy.removed for copy in self._by_inode.values())
 

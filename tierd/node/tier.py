@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +30,7 @@ from tierd.node.sources import PosixSource, forced_version
 from tierd.node.store import Store
 from tierd.node.usage import Usage
 from tierd.node.wanted import Priority, Wanted
-from tierd.policy import Resident, Space, Watermarks, admit, next_victim, surplus_bytes
+from tierd.policy import Resident, Space, Watermarks, admit, next_victim, refusal, surplus_bytes
 from tierd.units import display, holds_weights
 
 log = structlog.get_logger(__name__)
@@ -207,8 +207,12 @@ class NodeTier:
 
     def residents(self) -> list[Resident]:
         """What the tier holds of each model."""
-        held = self.store.held_by_model()
-        return [self._resident(model, size) for model, size in held.items()]
+        return list(self._each_resident())
+
+    def _each_resident(self) -> Iterator[Resident]:
+        """The same one by one: where there is room, a miss looks at none of them."""
+        for model, size in self.store.held_by_model().items():
+            yield self._resident(model, size)
 
     def _resident(self, model: bytes, held: int) -> Resident:
         usage = self.usage
@@ -218,7 +222,7 @@ class NodeTier:
     def _admits(self, model: bytes, size: int) -> bool:
         heat = self.usage.heat(model) + 1
         try:
-            refused = admit(size, model, heat, self.residents(), self.space(), self.settings.marks).refused
+            refused = refusal(size, model, heat, self._each_resident(), self.space(), self.settings.marks)
         except OSError as error:
             refused = f"cache directory: {error.strerror}"
         if refused is not None:
@@ -238,7 +242,7 @@ class NodeTier:
             marks = Watermarks(max(0.0, marks.stop - 1e-6), marks.stop)
         if self.usage.pinned(model):
             heat = float("inf")
-        admission = admit(size, model, heat, self.residents(), self.space(), marks)
+        admission = admit(size, model, heat, self._each_resident(), self.space(), marks)
         if admission.refused is not None:
             raise Refused(admission.refused)
         for victim in admission.victims:
