@@ -15,6 +15,7 @@ import trio
 from tests.unit.copies import own_store
 from tests.unit.descriptors import open_descriptors
 from tests.unit.kernel import FakeKernel
+from tests.unit.node import node  # noqa: F401  (a fixture)
 from tests.unit.shop import shop, small, tap  # noqa: F401  (fixtures)
 from tierd.node.journal import Journal
 from tierd.node.overlay import Overlay

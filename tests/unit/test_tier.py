@@ -419,7 +419,7 @@ def test_models_that_are_not_there_have_no_files(bench: Tiered, tmp_path: Path, 
         (outside / name).write_bytes(b"secret")
     bench.path("link").symlink_to(outside)
     bench.path("out.bin").symlink_to(outside / "x.bin")
-    assert bench.tier.files_of(model) == []
+    assert bench.tier.listings.walk(model) == []
     assert bench.tier.want_model(model, Priority.ASKED) == 0
 
 

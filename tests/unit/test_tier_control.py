@@ -4,109 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from tests.unit.copies import WAIT_SECONDS, add_copy, content, flip, forge_seal, identity_of, read_copy
-from tests.unit.descriptors import open_descriptors
-from tierd.config import MountSettings
+from tests.unit.copies import WAIT_SECONDS, content, flip, forge_seal, identity_of, read_copy
+from tests.unit.node import SIZE, Node, count_walks
 from tierd.errors import UsageError
-from tierd.metrics import TierMetrics
-from tierd.node import filler as filler_module
 from tierd.node import tier_control as control_module
 from tierd.node.catalog import walk
-from tierd.node.index import Index
-from tierd.node.sources import PosixSource
 from tierd.node.store import Copy
-from tierd.node.tier_control import TierControl
-from tierd.node.tier_setup import TierParts
-
-SIZE = 10_000
-
-
-class Node:
-    """All parts of a node tier over a source, without a mount."""
-
-    def __init__(self, base: Path, **settings: Any) -> None:
-        self.base = base
-        self.source = base / "source"
-        for path in (self.source / "models", base / "cache", base / "state"):
-            path.mkdir(parents=True, exist_ok=True)
-        self.index = Index(base / "state" / "index.db")
-        self.posix = PosixSource(self.source)
-        made = MountSettings(
-            source=self.source, mountpoint=base / "mnt", free_space_ratio=0.0, free_space_target=0.001, **settings
-        )  # type: ignore[arg-type]
-        self.parts = TierParts(
-            base / "cache", made, self.posix, self.index, TierMetrics(CollectorRegistry()), lambda _: True
-        )
-        self.control = TierControl(
-            self.parts, self.index, self.source, lambda: walk(self.source, made.models_roots_bytes).size_bytes
-        )
-        self.parts.tier.start()
-
-    def write(self, name: str | bytes, size: int = SIZE) -> None:
-        path = os.fsencode(self.source) + b"/models/" + os.fsencode(name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(content(name, size))
-
-    def fill(self, name: str, size: int = SIZE) -> Copy:
-        """A file that is on the node."""
-        self.write(name, size)
-        identity = identity_of(self.source / "models" / name)
-        return add_copy(
-            self.parts.store, identity.inode, content(name, size), path=f"models/{name}".encode(),
-            model=f"models/{os.path.dirname(name)}".encode(), mtime_ns=identity.mtime_ns, ctime_ns=identity.ctime_ns,
-        )  # fmt: skip
-
-    def refusal(self, *names: str) -> tuple[str, str]:
-        """What a person is told about names that cannot be meant."""
-        with pytest.raises(UsageError) as raised:
-            self.control.resolve(names)
-        return str(raised.value), raised.value.hint
-
-    def await_check(self) -> dict[str, Any]:
-        thread = self.control._check._thread
-        assert thread is not None
-        thread.join(WAIT_SECONDS)
-        told = self.control.tell_check()
-        assert told["state"] == "done"
-        return told
-
-    def await_complete(self, name: str) -> None:
-        """Every fill that is queued or runs has ended."""
-        filler = self.parts.tier.filler
-        with filler._change:
-            assert filler._change.wait_for(
-                lambda: not filler._active and not filler._opening and not filler.queued(), WAIT_SECONDS
-            )
-        (row,) = self.control.progress_of([name])["models"]
-        assert row["state"] == "complete", row
-
-    def close(self) -> None:
-        self.parts.read_ahead.stop()
-        self.parts.tier.stop()
-        self.parts.store.check()
-        assert self.parts.store.leftovers() == []
-        self.parts.store.close()
-        self.posix.close()
-        self.index.close()
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
-    monkeypatch.setattr(filler_module, "_TICK_SECONDS", 0.0)
-    before = open_descriptors()
-    made = Node(tmp_path)
-    yield made
-    made.close()
-    assert [line for line in open_descriptors() - before if str(tmp_path) in line] == []
-
 
 # --- names ---
 
@@ -190,6 +98,40 @@ def test_warm(node: Node) -> None:
     node.await_complete("models/m")
     (row,) = node.control.warm(["models/m"])["models"]
     assert (row["state"], row["bytes_done"], row["reason"]) == ("complete", 3 * SIZE, "")
+
+
+def test_a_model_is_walked_once_for_a_request(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("m", "other"):
+        for shard in range(3):
+            node.write(f"{name}/{shard}.bin")
+    walks = count_walks(node, monkeypatch)
+    node.control.warm(["models/m", "models/other"])
+    assert walks == {b"models/m": 1, b"models/other": 1}
+    node.control.pin(["models/other"], pinned=True)
+    assert walks.pop(b"models/other") == 2
+    node.control.warm(["m"])
+    assert walks == {b"m": 1, b"models/m": 2}, "there is no model of the short name"
+
+
+def test_progress_walks_no_model_whose_files_are_on_their_way(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for several times a second; that a model is there is told by what the source has then."""
+    node.write("m/x.bin")
+    held = node.parts.store.begin
+    go_on = threading.Event()
+
+    def begin(*arguments: Any) -> Any:
+        assert go_on.wait(WAIT_SECONDS)
+        return held(*arguments)
+
+    monkeypatch.setattr(node.parts.store, "begin", begin)
+    walks = count_walks(node, monkeypatch)
+    node.control.warm(["models/m"])
+    for _ in range(5):
+        assert node.control.progress_of(["models/m"])["models"][0]["state"] == "filling"
+    assert walks == {b"models/m": 1}
+    go_on.set()
+    node.await_complete("models/m")
+    assert walks == {b"models/m": 2}
 
 
 def test_warm_what_left_the_source(node: Node) -> None:

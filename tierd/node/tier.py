@@ -26,6 +26,7 @@ from tierd.node.chores import Chores
 from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity, checksum
 from tierd.node.fill import Fill, Outcome
 from tierd.node.filler import WORKERS, Filler, Refused
+from tierd.node.listings import Listings
 from tierd.node.sources import PosixSource, forced_version
 from tierd.node.store import Store
 from tierd.node.usage import Usage
@@ -92,7 +93,7 @@ class NodeTier:
         self.source_deadline_s = settings.source_deadline_s
         self._metrics = metrics
         self._model_of = model_of
-        self.files_of = files_of
+        self.listings = Listings(files_of)
         self.read_ahead = read_ahead
         self._space_needed = space_needed
         self._room = threading.Lock()
@@ -170,12 +171,16 @@ class NodeTier:
     # --- what is wanted ---
 
     def want_model(self, model: bytes, priority: Priority) -> int:
-        """Queue the files of a model that have no current copy, in load order; the bytes newly queued. Blocking.
+        """Walk a model, and queue what it lacks as `want_files` does; the bytes newly queued. Blocking."""
+        return self.want_files(model, self.listings.walk(model), priority)
+
+    def want_files(self, model: bytes, files: Sequence[SourceFile], priority: Priority) -> int:
+        """Queue those files of a model that have no current copy, in load order; the bytes newly queued.
 
         Where only ctime differs, the copy is compared instead: a chmod of a tree must not fetch it anew.
         """
         queued = 0
-        for path, identity in self.files_of(model):
+        for path, identity in files:
             copy = self.store.find(identity.inode)
             if copy is not None and copy.identity.same_bytes_likely(identity):
                 if copy.identity != identity:

@@ -27,6 +27,8 @@ from tierd.units import display
 
 _PROBLEMS_MAX = 1000
 _PLAN_VICTIMS_MAX = 100
+_REMEMBER_SECONDS = 30.0
+"""While files are on their way a listing of this age will do to tell how far; the end is told by a new one."""
 _NAME_BYTES_MAX, _PATH_BYTES_MAX = 255, 2048
 """Linux takes no longer names; paths are below the source's own, so less than its 4096 is left for them."""
 
@@ -47,34 +49,41 @@ class TierControl:
 
     def resolve(self, names: Sequence[str]) -> list[bytes]:
         """The models meant. Raises UsageError for one that is unknown, ambiguous or outside of the source."""
-        wanted = [_plain(name) for name in names]
-        if all(self._parts.tier.files_of(name) for name in wanted):
-            return list(dict.fromkeys(wanted))
+        return list(self._find_files(names))
+
+    def _find_files(self, names: Sequence[str]) -> dict[bytes, Sequence[SourceFile]]:
+        """The models meant, each walked once. Raises UsageError, OSError."""
+        walk = self._parts.tier.listings.walk
+        found = {name: walk(name) for name in dict.fromkeys(_plain(name) for name in names)}
+        if all(found.values()):
+            return found
         known = sorted({*self._all_models(), *self._parts.store.held_by_model(), *self._parts.usage.pins()})
-        return list(dict.fromkeys(_find(name, known) for name in wanted))
+        meant = dict.fromkeys(_find(name, known) for name in found)
+        return {model: found[model] if model in found else walk(model) for model in meant}
 
     # --- warm ---
 
     def warm(self, names: Sequence[str]) -> Row:
         """Queue whole models; how far each is."""
-        models = self.resolve(names)
-        for model in models:
-            if not self._parts.tier.files_of(model):
+        found = self._find_files(names)
+        for model, files in found.items():
+            if not files:
                 raise UsageError(f"{display(model)} is not in the source", hint="`tierd models` lists what is there")
-            self._parts.tier.want_model(model, Priority.ASKED)
-        return {"models": [self.progress(model) for model in models]}
+            self._parts.tier.want_files(model, files, Priority.ASKED)
+        return {"models": [self.progress(model, files) for model, files in found.items()]}
 
     def progress_of(self, names: Sequence[str]) -> Row:
         """How far models are, by their full names."""
         return {"models": [self.progress(_plain(name)) for name in names]}
 
-    def progress(self, model: bytes) -> Row:
-        """How much of a model is on the node, and whether more is on its way."""
+    def progress(self, model: bytes, files: Sequence[SourceFile] | None = None) -> Row:
+        """How much of a model is on the node, and whether more is on its way; `files` if it was just walked."""
         filler = self._parts.tier.filler  # asked first: what ends meanwhile is then seen as a copy
         queued = any(wanted.model == model for wanted in filler.queued())
         active = [fill for fill in filler.active() if fill.model == model]
         waiting = queued or bool(active)
-        files = self._parts.tier.files_of(model)
+        if files is None:
+            files = self._parts.tier.listings.recent(model, _REMEMBER_SECONDS if waiting else 0.0)
         total = sum(file.identity.size for file in files)
         here = sum(file.identity.size for file in files if self._parts.tier.has(file))
         state = "complete" if here == total else "filling" if waiting else "partial" if here else "absent"
@@ -90,13 +99,13 @@ class TierControl:
 
     def pin(self, names: Sequence[str], *, pinned: bool) -> Row:
         """Keep models on the node, or no longer."""
-        models = self.resolve(names)
-        for model in models:
+        found = self._find_files(names)
+        for model, files in found.items():
             self._index.set_pin(model, pinned, time.time_ns())
             self._parts.usage.pin(model, pinned)
             if pinned:
-                self._parts.tier.want_model(model, Priority.ASKED)
-        return {"models": [{"model": display(model), "pinned": pinned} for model in models]}
+                self._parts.tier.want_files(model, files, Priority.ASKED)
+        return {"models": [{"model": display(model), "pinned": pinned} for model in found]}
 
     # --- evict ---
 
