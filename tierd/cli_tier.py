@@ -180,6 +180,8 @@ def check(
             f" {told['leftovers']} leftovers{' removed' if repair else ''}",
             highlight=False,
         )
+        if told.get("files_open"):
+            out.print(f"{told['files_open']} of open models were read from memory, as far as they are there")
         for row in told["problems"]:
             out.print(Text(f"{printable(row['path'])}: {printable(row['problem'])}"))
     if told["problems_total"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from tests.unit.copies import (
     small_chunks,
     write_draft,
 )
-from tierd.node.copies import Damaged, Identity
-from tierd.node.store import Store
+from tierd.node.copies import CHUNK_BYTES, Copy, Damaged, Identity
+from tierd.node.readahead import resident_bytes
+from tierd.node.store import Store, opened
 
 
 @pytest.mark.parametrize("how", tears.DAMAGES)
@@ -75,6 +77,34 @@ def test_a_flip_below_the_file_system_is_found_by_reading(
     assert sum(seen) == min((chunk + 1) * 4096, len(data))
     assert (store.find(7), read_copy(store, copy), store.damaged) == (None, None, 1)
     assert store.verify(whole, deep=True) is None
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_deep_check_reads_the_disk_unless_the_copy_is_in_use(
+    store: Store, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """What is in memory may be right where the disk no longer is; what is in use must stay in memory."""
+    size = CHUNK_BYTES // 2
+    copy = add_copy(store, 7, content("pages", size))
+    read_copy(store, copy)
+    with opened(store, copy) as fd:
+        if resident_bytes(fd, size) < size:
+            pytest.skip("this file system keeps no pages")
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if resident_bytes(fd, size) > 0:
+            pytest.skip("this file system cannot drop pages")
+        os.pread(fd, size, 0)
+        before: list[int] = []
+        real = store.sums
+
+        def sums(each: Copy) -> Iterator[bytes]:
+            before.append(resident_bytes(fd, size))
+            return real(each)
+
+        monkeypatch.setattr(store, "sums", sums)
+        assert store.verify(copy, deep=True, cached=cached) is None
+        assert before == [size if cached else 0]
+        assert resident_bytes(fd, size) == (size if cached else 0)
 
 
 def test_damage_found_while_the_copy_is_relabelled_is_dropped_too(store: Store) -> None:

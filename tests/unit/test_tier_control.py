@@ -290,6 +290,23 @@ def test_a_second_check_joins_the_first(node: Node, monkeypatch: pytest.MonkeyPa
     assert len(runs) == 1
 
 
+def test_a_deep_check_leaves_the_pages_of_open_models_alone(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_one, closed = node.fill("open/x.bin"), node.fill("closed/x.bin")
+    node.parts.tier.leases.take(b"models/open")
+    cached: dict[str, bool] = {}
+    real = node.parts.store.verify
+
+    def verify(copy: Copy, **how: Any) -> str | None:
+        cached[copy.name] = how["cached"]
+        return real(copy, **how)
+
+    monkeypatch.setattr(node.parts.store, "verify", verify)
+    for deep in (True, False):
+        node.control.start_check(deep=deep, repair=False)
+        assert node.await_check()["files_open"] == int(deep)
+        assert cached == {open_one.name: deep, closed.name: False}
+
+
 def test_a_copy_evicted_during_the_check_is_no_problem(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = node.fill("m/x.bin")
     real = node.parts.store.verify

@@ -155,8 +155,13 @@ class Store:
         self.damaged += 1
         return True
 
-    def verify(self, copy: Copy, *, deep: bool, progress: Callable[[int], None] = lambda _: None) -> str | None:
-        """What is wrong with a copy, or None. `deep` reads its bytes and reports how many to `progress`."""
+    def verify(
+        self, copy: Copy, *, deep: bool, cached: bool = False, progress: Callable[[int], None] = lambda _: None
+    ) -> str | None:
+        """What is wrong with a copy, or None. `deep` reads its bytes and reports how many to `progress`.
+
+        It reads them from the disk; if `cached`, from wherever the kernel has them, and leaves them there.
+        """
         try:
             fd = self.open(copy)
         except Removed:
@@ -164,16 +169,20 @@ class Store:
         except Damaged as damage:
             return str(damage)
         try:
-            return self._verify_bytes(copy, fd, progress) if deep else None
+            return self._verify_bytes(copy, fd, progress, cached=cached) if deep else None
         finally:
             os.close(fd)
 
-    def _verify_bytes(self, copy: Copy, fd: int, progress: Callable[[int], None]) -> str | None:
+    def _verify_bytes(self, copy: Copy, fd: int, progress: Callable[[int], None], *, cached: bool) -> str | None:
         problem = None
+        if not cached:
+            # Pages that were read long ago say nothing about the disk now. They are clean: the commit synced them.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         try:
             for index, expected in enumerate(self.sums(copy)):
                 data = os.pread(fd, CHUNK_BYTES, index * CHUNK_BYTES)
-                os.posix_fadvise(fd, index * CHUNK_BYTES, len(data), os.POSIX_FADV_DONTNEED)
+                if not cached:
+                    os.posix_fadvise(fd, index * CHUNK_BYTES, len(data), os.POSIX_FADV_DONTNEED)
                 progress(len(data))
                 if checksum(memoryview(data)) != expected:
                     problem = f"chunk {index} has the wrong checksum"

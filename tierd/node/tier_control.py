@@ -232,7 +232,7 @@ class _Check:
             self._row = {
                 "state": "running", "deep": deep, "repair": repair, "files_done": 0, "files_total": len(copies),
                 "bytes_done": 0, "bytes_total": sum(copy.identity.size for copy in copies), "problems": [],
-                "problems_total": 0, "leftovers": 0,
+                "problems_total": 0, "leftovers": 0, "files_open": 0,
             }  # fmt: skip
             self._thread = threading.Thread(target=self._run, args=(parts, copies, deep, repair), daemon=True)
             self._thread.start()
@@ -257,7 +257,11 @@ class _Check:
         def progress(size: int) -> None:
             row["bytes_done"] += size
 
-        problem = parts.store.verify(copy, deep=deep, progress=progress)
+        # Whoever has the model open would wait for the disk again if its pages went, and those that are mapped
+        # stay whatever is advised: of such a copy the check sees what its readers see.
+        in_use = deep and parts.tier.leases.holds(copy.model)
+        row["files_open"] += in_use
+        problem = parts.store.verify(copy, deep=deep, cached=in_use, progress=progress)
         row["bytes_done"] = before + copy.identity.size
         if problem is None:
             return
