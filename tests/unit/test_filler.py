@@ -233,6 +233,26 @@ def test_bandwidth_is_for_those_whom_nobody_waits_for(shop: Shop) -> None:
     assert shop.ended.outcome() is Outcome.COMPLETE
 
 
+def test_bandwidth_that_is_free_at_this_moment_is_waited_for_by_nobody(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker judged the time twice: had it just become free in between, it waited until somebody called it."""
+    shop.write("x", 3 * CHUNK)
+    filler = shop.filler(ByHand, bandwidth=CHUNK)
+    shop.begin(filler, "x")
+    filler.do(filler.take(0.0))
+    filler.do(filler.take(0.0))
+    times = iter([0.999, 1.0, 1.0])
+    waited: list[float | None] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(filler_module.time, "monotonic", lambda: next(times))
+        patch.setattr(filler._change, "wait", waited.append)
+        job = filler._next_job(None)
+    assert (job.chunk, waited) == (1, [pytest.approx(0.001)])
+    filler.do(job)
+    filler.finish()
+
+
 def test_a_limited_filler_goes_on_by_itself(shop: Shop) -> None:
     shop.write("x", 4 * CHUNK)
     filler = shop.filler(bandwidth=100 * CHUNK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -143,8 +144,9 @@ class Tiered:
 
     def settle(self) -> None:
         """The chores that were asked for are done."""
-        with self.tier.chores._change:
-            assert self.tier.chores._change.wait_for(lambda: len(self.tier.chores) == 0, WAIT_SECONDS)
+        for chores in (self.tier.chores, self.tier.rechecks):
+            with chores._change:
+                assert chores._change.wait_for(lambda chores=chores: len(chores) == 0, WAIT_SECONDS)  # type: ignore[misc]
 
     def close(self) -> None:
         for reader in self.readers:
@@ -349,6 +351,51 @@ def test_a_chmod_of_a_whole_tree_fetches_nothing_anew(bench: Tiered) -> None:
     bench.settle()
     assert bench.counts.wait_for_fills(1) == [("complete", 10_000)]
     assert {bench.current(f"m/{number}.bin").name for number in range(3)} == {c.name for c in copies}  # type: ignore[union-attr]
+
+
+def test_a_comparison_keeps_to_the_bandwidth(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk is read at once, the next in a year; nothing else waits for it, and a stop ends it."""
+    bench = Tiered(tmp_path, store, bandwidth=1)
+    big = bench.fill("m/x.bin", 2 * tier_module.CHUNK_BYTES)
+    moved = bench.fill("old/x.bin")
+    bench.path("m/x.bin").chmod(0o600)
+    bench.path("old").rename(bench.path("new"))
+    asked = threading.Semaphore(0)
+    real = bench.tier.filler.await_turn
+
+    def await_turn(size: int) -> None:
+        asked.release()
+        real(size)
+
+    monkeypatch.setattr(bench.tier.filler, "await_turn", await_turn)
+    bench.start()
+    bench.open("m/x.bin")
+    for _ in range(2):
+        assert asked.acquire(timeout=WAIT_SECONDS)
+    bench.tier.moved(moved, b"models/new/x.bin")
+    with bench.tier.chores._change:
+        assert bench.tier.chores._change.wait_for(lambda: moved.removed, WAIT_SECONDS)
+    assert (len(bench.tier.rechecks), big.removed, bench.current("m/x.bin")) == (1, False, None)
+    with capture_logs() as logs:
+        bench.close()
+    assert (big.removed, len(bench.tier.rechecks), logs) == (False, 0, [])
+
+
+def test_a_comparison_and_fills_share_the_bandwidth(tmp_path: Path, store: Store) -> None:
+    bench = Tiered(tmp_path, store, bandwidth=1)
+    bench.fill("m/x.bin")
+    bench.path("m/x.bin").chmod(0o600)
+    bench.write("n/x.bin")
+    bench.start()
+    bench.open("m/x.bin")
+    bench.settle()
+    assert bench.current("m/x.bin") is not None, "one chunk is not held back"
+    assert bench.tier.want_model(b"models/n", Priority.ASKED)
+    filler = bench.tier.filler
+    with filler._change:
+        assert filler._choose(time.monotonic()) is None, "but what comes after it is"
+        assert ([one.path for one in filler.queued()], filler.source_bytes) == ([b"models/n/x.bin"], 0)
+    bench.close()
 
 
 # --- names that move ---

@@ -25,6 +25,7 @@ from typing import Final, NamedTuple
 
 import structlog
 
+from tierd.node.bandwidth import Bandwidth
 from tierd.node.chores import join_all
 from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity
 from tierd.node.fetch import BLOCK_BYTES, Changed, fetch_chunk
@@ -55,12 +56,17 @@ class Refused(Exception):
     """The node tier does not want the file; `str()` says why."""
 
 
+class Stopped(Exception):
+    """The filler was stopped."""
+
+
 class Filler:
     """See the module.
 
     `open_source(path)` opens a source file; `identify(fd)` is its version past every cache. `reserve(fill)` finds room
     for a fill or raises Refused. `finished(fill, copy, reason)` is called from a worker after each fill.
-    `bandwidth` limits bytes per second read for others than waiting readers; 0 means no limit.
+    `bandwidth` limits bytes per second read for others than waiting readers, 0 means no limit; `await_turn` is for who
+    reads the source beside fills.
     """
 
     def __init__(
@@ -79,13 +85,12 @@ class Filler:
         self._identify = identify
         self._reserve = reserve
         self._finished = finished
-        self._bandwidth = bandwidth
+        self._bandwidth = Bandwidth(bandwidth)
         self._change = threading.Condition()
         self._active: dict[int, Fill] = {}
         self._wanted = WantedFiles()
         self._opening = 0
         self._cooling: OrderedDict[int, float] = OrderedDict()
-        self._not_before = 0.0
         self._stopped = False
         self.source_bytes = 0
         """Bytes read from the source."""
@@ -176,6 +181,18 @@ class Filler:
         with self._change:
             return self._wanted.all()
 
+    def await_turn(self, size: int) -> None:
+        """Return once others may read `size` bytes of the source: they share the bandwidth of fills. Raises Stopped."""
+        with self._change:
+            while not self._stopped:
+                now = time.monotonic()
+                pause_s = self._bandwidth.pause_s(now)
+                if not pause_s:
+                    self._bandwidth.charge(size, now)
+                    return
+                self._change.wait(pause_s)
+            raise Stopped
+
     # --- workers ---
 
     def _work(self) -> None:
@@ -212,11 +229,11 @@ class Filler:
         """What a worker that has just done `last` does next; None to stop."""
         with self._change:
             while not self._stopped:
-                job = self._choose(time.monotonic(), last)
+                now = time.monotonic()
+                job = self._choose(now, last)
                 if job is not None:
                     return job
-                pause = self._not_before - time.monotonic() if self._bandwidth else None
-                self._change.wait(pause if pause is not None and pause > 0 else None)
+                self._change.wait(self._bandwidth.pause_s(now) or None)
             return None
 
     def _choose(self, now: float, last: _Job | None = None) -> _Job | None:
@@ -231,7 +248,7 @@ class Filler:
             chunk = fill.take_demanded()
             if chunk is not None:
                 return _Job(fill, chunk)
-        if self._bandwidth and now < self._not_before:
+        if self._bandwidth.pause_s(now):
             return None
         reading = any(fill.priority is Priority.READER for fill in ready)
         allowed = [fill for fill in ready if not (reading and fill.priority is Priority.PREFETCH)]
@@ -246,13 +263,8 @@ class Filler:
         return self._choose_wanted(fills, reading)
 
     def _charged(self, fill: Fill, chunk: int, now: float) -> _Job:
-        self._charge(fill, now)
+        self._bandwidth.charge(min(CHUNK_BYTES, fill.identity.size), now)
         return _Job(fill, chunk)
-
-    def _charge(self, fill: Fill, now: float) -> None:
-        if self._bandwidth:
-            size = min(CHUNK_BYTES, fill.identity.size)
-            self._not_before = max(now, self._not_before) + size / self._bandwidth
 
     def _choose_wanted(self, fills: list[Fill], reading: bool) -> _Job | None:
         others = sum(1 for fill in fills if fill.priority is not Priority.READER)

@@ -25,7 +25,7 @@ from tierd.node.catalog import SourceFile
 from tierd.node.chores import Chores
 from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity, checksum
 from tierd.node.fill import Fill, Outcome
-from tierd.node.filler import WORKERS, Filler, Refused
+from tierd.node.filler import WORKERS, Filler, Refused, Stopped
 from tierd.node.listings import Listings
 from tierd.node.sources import PosixSource, forced_version
 from tierd.node.store import Store
@@ -101,6 +101,8 @@ class NodeTier:
         """The last eviction ended with nothing left to evict: said once, not every few seconds."""
         self._reasons: OrderedDict[bytes, str] = OrderedDict()
         self.chores = Chores("tier", threads=2)
+        self.rechecks = Chores("recheck")
+        """Apart from the others, which would wait for whole models that are read within the bandwidth."""
         self.filler = Filler(
             store,
             open_source=self._open_source,
@@ -115,11 +117,13 @@ class NodeTier:
         """Start the workers."""
         self.filler.start()
         self.chores.start()
+        self.rechecks.start()
 
     def stop(self) -> None:
         """End the workers; fills that are not complete are lost."""
+        self.filler.stop()  # first: rechecks may wait for its bandwidth
+        self.rechecks.stop()
         self.chores.stop()
-        self.filler.stop()
 
     # --- the read path ---
 
@@ -328,7 +332,7 @@ class NodeTier:
         self.want_model(model, Priority.ASKED)
 
     def _recheck_soon(self, copy: Copy, identity: Identity, path: bytes) -> None:
-        self.chores.add(("recheck", identity.inode), lambda: self._recheck(copy, identity, path))
+        self.rechecks.add(identity.inode, lambda: self._recheck(copy, identity, path))
 
     def _recheck(self, copy: Copy, identity: Identity, path: bytes) -> None:
         """Only ctime changed: a chmod, or a write that set mtime back. The checksums tell, and save a refill."""
@@ -339,11 +343,14 @@ class NodeTier:
                 log.info("copy_rechecked", path=display(path))
             else:
                 self._remove(copy, "stale")
+        except Stopped:
+            return
         finally:
             os.close(fd)
 
     def _same_bytes(self, copy: Copy, fd: int) -> bool:
         for index, expected in enumerate(self.store.sums(copy)):
+            self.filler.await_turn(min(CHUNK_BYTES, copy.identity.size))
             data = os.pread(fd, CHUNK_BYTES, index * CHUNK_BYTES)
             if checksum(memoryview(data)) != expected:
                 return False
