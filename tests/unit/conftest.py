@@ -17,6 +17,7 @@ from tests.unit.descriptors import open_descriptors
 from tests.unit.kernel import FakeKernel
 from tests.unit.node import node  # noqa: F401  (a fixture)
 from tests.unit.shop import shop, small, tap  # noqa: F401  (fixtures)
+from tests.unit.tiered import tiered  # noqa: F401  (a fixture)
 from tierd.node.journal import Journal
 from tierd.node.overlay import Overlay
 from tierd.node.seam import ReadTarget
