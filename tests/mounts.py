@@ -17,14 +17,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from bench import guard
 from tierd import client
-from tierd.runtime import MountRecord
+from tierd.runtime import MountRecord, is_served
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMAND_SECONDS = 60.0
@@ -123,13 +123,17 @@ class OverlayMount:
     def start(self) -> None:
         """`tierd mount --background`; returns once the mount answers."""
         done = tierd("mount", self.source, self.mountpoint, "--background", *flags(self.options))
-        self.record = client.find(self.mountpoint)
-        self.pid = self.record.pid
+        self.refresh()
         self.started_with = done.stdout + done.stderr
 
     # --- what it tells ---
 
     record: MountRecord
+
+    def refresh(self) -> None:
+        """Look up who serves the mount now: after a daemon died, it is another one."""
+        self.record = client.find(self.mountpoint)
+        self.pid = self.record.pid
 
     def status(self) -> dict[str, Any]:
         """What `tierd status --json` prints."""
@@ -229,19 +233,39 @@ class OverlayMount:
         return state.split()[0] != "Z"
 
     def end(self, number: int = signal.SIGTERM) -> None:
-        """Send a signal to the daemon and wait until it has ended."""
-        pidfd = os.pidfd_open(self.pid)
+        """Send a signal to the keeper, SIGKILL to the daemon, too; wait until both have ended."""
+        pids = [self.record.keeper_pid or self.pid, self.pid]
+        pidfds = [os.pidfd_open(pid) for pid in pids]
         try:
-            signal.pidfd_send_signal(pidfd, number)
-            wait_for_exit(pidfd, f"process {self.pid} ends after {signal.Signals(number).name}")
+            for pidfd in pidfds if number == signal.SIGKILL else pidfds[:1]:
+                signal.pidfd_send_signal(pidfd, number)
+            for pid, pidfd in zip(pids, pidfds, strict=True):
+                wait_for_exit(pidfd, f"process {pid} ends after {signal.Signals(number).name}")
         finally:
-            os.close(pidfd)
+            for pidfd in pidfds:
+                os.close(pidfd)
+
+    def kill_daemon(self) -> int:
+        """SIGKILL for the daemon alone; its process ID. Another one will serve."""
+        self.refresh()
+        os.kill(self.pid, signal.SIGKILL)
+        return self.pid
+
+    def succeeded(self, pid: int, seconds: float = STOP_SECONDS) -> None:
+        """Wait until another daemon than `pid` serves."""
+
+        def another() -> bool:
+            self.refresh()
+            return self.pid != pid
+
+        wait_until(another, seconds, f"another daemon than {pid}")
 
     def close(self) -> list[str]:
         """Take the mount down if it is still there; everything that is wrong with how it went."""
         complaints = []
         try:
-            if self.pid and self.alive:
+            if self.pid and is_served(self.mountpoint):
+                self.refresh()
                 complaints += self.ledger_complaints()
                 self.end()
             if is_mounted(self.mountpoint):
@@ -254,7 +278,9 @@ class OverlayMount:
 
     def _remove_by_force(self) -> None:
         if self.pid and self.alive:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(self.record.keeper_pid or self.pid, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
         while is_mounted(self.mountpoint):
             reason = guard.unmount(self.mountpoint, lazy=True)
             assert reason is None, reason

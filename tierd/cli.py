@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -194,7 +195,15 @@ def mount(
         str | None,
         typer.Option(help="Log there, rotated. [dim]Default: stderr; with --background STATE/daemon.log[/]"),
     ] = None,
+    handover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="yes|no",
+            help="Let a new daemon go on where one died (Linux 6.9); no: mount again then. [dim]Default: yes[/]",
+        ),
+    ] = None,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    template_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Lay the overlay over SOURCE at MOUNTPOINT and serve it until Ctrl-C, SIGTERM or `tierd umount`."""
     given = {
@@ -204,18 +213,48 @@ def mount(
     if background_:
         _mount_in_background(settings)
     else:
-        _serve(settings, ready_fd)
+        _serve(settings, ready_fd, template_fd)
 
 
-def _serve(settings: MountSettings, ready_fd: int | None) -> None:
-    from tierd.node.daemon import Daemon
+def _serve(settings: MountSettings, ready_fd: int | None, template_fd: int | None) -> None:
+    """This process becomes the keeper of a new mount, or the template of the daemons of one that is there."""
+    import tierd.node.daemon  # noqa: F401 - what daemons import is imported before they are forked
+    from tierd.node import launch, template
 
+    def start_log() -> None:
+        log.configure(settings.log_level, settings.log_format, settings.log_file)
+
+    def daemon(sock: socket.socket) -> int:
+        return _daemon(settings, sock, ready_fd)
+
+    if template_fd is not None:
+        start_log()
+        sys.exit(template.serve(socket.socket(fileno=template_fd), daemon))
     log.configure("error" if ready_fd is not None else settings.log_level, settings.log_format)
-    Daemon(
-        settings,
-        start_log=lambda: log.configure(settings.log_level, settings.log_format, settings.log_file),
-        ready=lambda: background.tell_ready(ready_fd) if ready_fd is not None else None,
-    ).run()
+    if ready_fd is not None:
+        os.set_inheritable(ready_fd, False)
+    launch.launch(settings, daemon, start_log=start_log, quiet=ready_fd is not None, arguments=sys.argv[1:])
+
+
+def _daemon(settings: MountSettings, sock: socket.socket, ready_fd: int | None) -> int:
+    """Be a daemon; its exit code. A user error is told once, and the keeper that it was meant."""
+    from tierd.node.daemon import Daemon
+    from tierd.node.keeping import Keeping
+
+    keeping = Keeping(sock)
+
+    def ready() -> None:
+        if ready_fd is not None and keeping.restarts == 0:
+            background.tell_ready(ready_fd)
+
+    code = 0
+    try:
+        Daemon(settings, keeping, ready=ready).run()
+    except TierdError as error:
+        complain(str(error), error.hint)
+        code = error.exit_code
+    keeping.farewell(code)
+    return code
 
 
 def _mount_in_background(settings: MountSettings) -> None:
@@ -251,15 +290,16 @@ def umount(
         detach(path)
         remove_record(path)
         return
-    process = os.pidfd_open(record.pid)  # readable once the process has ended, pidfd_open(2)
-    os.kill(record.pid, signal.SIGTERM)
-    with spinner(f"stopping process {record.pid}") as waiting:
+    pid = record.keeper_pid or record.pid
+    process = os.pidfd_open(pid)  # readable once the process has ended, pidfd_open(2)
+    os.kill(pid, signal.SIGTERM)
+    with spinner(f"stopping process {pid}") as waiting:
         started = time.monotonic()
         while not select.select([process], [], [], _TICK_SECONDS)[0]:
             passed = time.monotonic() - started
             if passed > timeout:
                 raise DaemonError(
-                    f"process {record.pid} still runs after {timeout:.0f} s",
+                    f"process {pid} still runs after {timeout:.0f} s",
                     hint="see its log; kill it if it hangs",
                 )
             waiting(passed)

@@ -105,6 +105,7 @@ class MountSettings(BaseModel):
     read_ahead_memory: Ratio = Field(0.5, ge=0, le=1)
     source_timeout: Seconds = Field(2.0, gt=0, le=3600)
     stale_if_unreachable: bool = True
+    handover: bool = True
     allow_other: bool | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"

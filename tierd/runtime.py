@@ -19,6 +19,7 @@ from tierd.errors import UsageError
 _SOCKET = "admin.sock"
 _RECORD = "mount.json"
 _LOCK = "lock"
+_KEEPER = "keeper.sock"
 _LINKS_MAX = 40
 
 
@@ -31,6 +32,7 @@ class MountRecord:
     state_dir: str
     pid: int
     metrics_address: str
+    keeper_pid: int | None = None
 
 
 def _slug(mountpoint: Path) -> str:
@@ -82,6 +84,17 @@ def runtime_dir(mountpoint: Path) -> Path:
 def socket_path(mountpoint: Path) -> Path:
     """The admin socket of one mount."""
     return runtime_dir(mountpoint) / _SOCKET
+
+
+def keeper_path(mountpoint: Path) -> Path:
+    """The socket of a mount's keeper."""
+    return runtime_dir(mountpoint) / _KEEPER
+
+
+def leftovers_of(mountpoint: Path) -> list[Path]:
+    """What a mount that ends removes, in this order."""
+    directory = runtime_dir(mountpoint)
+    return [*(directory / name for name in (_RECORD, _SOCKET, _KEEPER, _LOCK)), directory]
 
 
 def lock_path(mountpoint: Path) -> Path:
@@ -137,7 +150,7 @@ def write_record(record: MountRecord) -> None:
 def remove_record(mountpoint: Path) -> None:
     """Withdraw a daemon's record and socket, and of a dead one the lock and the directory, too."""
     directory = runtime_dir(mountpoint)
-    leftovers = (_RECORD, _SOCKET) if is_served(mountpoint) else (_RECORD, _SOCKET, _LOCK)
+    leftovers = (_RECORD, _SOCKET) if is_served(mountpoint) else (_RECORD, _SOCKET, _KEEPER, _LOCK)
     for name in leftovers:
         (directory / name).unlink(missing_ok=True)
     if directory.exists() and not any(directory.iterdir()):

@@ -154,13 +154,14 @@ class House:
 
     def kill(self, mountpoint: Path) -> None:
         """SIGKILL, and wait until it has taken effect."""
-        pid = self.record(mountpoint)["pid"]
-        pidfd = os.pidfd_open(pid)
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            wait_for_exit(pidfd, f"process {pid} ends")
-        finally:
-            os.close(pidfd)
+        record = self.record(mountpoint)
+        for pid in (record["keeper_pid"], record["pid"]):
+            pidfd = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                wait_for_exit(pidfd, f"process {pid} ends")
+            finally:
+                os.close(pidfd)
 
     def __enter__(self) -> House:
         return self
@@ -171,8 +172,10 @@ class House:
     def close(self) -> None:
         """End every daemon that is left, and the namespace with the last process in it."""
         for record in self.inside("/run/tierd").glob("*/mount.json"):
+            found = json.loads(record.read_text(encoding="utf-8"))
             with contextlib.suppress(ProcessLookupError):
-                os.kill(json.loads(record.read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
+                os.kill(found["keeper_pid"], signal.SIGKILL)
+                os.kill(found["pid"], signal.SIGKILL)
         for process in (self._zygote, self._holder):
             if process is not None:
                 process.kill()

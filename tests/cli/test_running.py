@@ -88,7 +88,7 @@ def lines_of(done: Done) -> list[str]:
 
 def test_background_tells_what_it_did(pair: Pair) -> None:
     for mount in (pair.odd, pair.plain):
-        pid, log = pair.house.record(mount.mountpoint)["pid"], mount.state / "daemon.log"
+        pid, log = pair.house.record(mount.mountpoint)["keeper_pid"], mount.state / "daemon.log"
         assert mount.started.out == f"mounted {mount.source} at {mount.mountpoint} (process {pid}, log {log})\n"
 
 
@@ -203,7 +203,7 @@ def test_a_second_daemon_on_a_state_directory(pair: Pair, scratch: Path) -> None
     arguments = ["mount", pair.odd.source, scratch / "another", "--metrics", "127.0.0.1:0", "--state-dir"]
     done = pair.house.tierd(*arguments, pair.plain.state)
     assert (done.code, done.out) == (2, "")
-    pid = pair.house.record(pair.plain.mountpoint)["pid"]
+    pid = pair.house.record(pair.plain.mountpoint)["keeper_pid"]
     assert f"state directory {pair.plain.state} is in use by another tierd (process {pid})" in done.err
     assert pair.house.mounted(scratch / "another") is None
     assert not pair.house.runtime(scratch / "another").exists()
@@ -215,7 +215,7 @@ def test_a_second_daemon_on_a_cache_directory(pair: Pair, scratch: Path) -> None
     arguments = ["mount", pair.odd.source, scratch / "beside", "--metrics", "127.0.0.1:0", "--cache-dir", cache]
     done = pair.house.tierd(*arguments)
     assert (done.code, done.out) == (2, "")
-    pid = pair.house.record(pair.plain.mountpoint)["pid"]
+    pid = pair.house.record(pair.plain.mountpoint)["keeper_pid"]
     assert done.err.splitlines() == [
         f"tierd: cache directory {cache} is in use by another tierd (process {pid})",
         "hint: stop that one, or choose another",

@@ -234,7 +234,7 @@ def test_a_second_daemon_for_one_mountpoint_or_state_is_refused(
         options: list[str | Path] = ["--background", "--state-dir", state, "--metrics", "127.0.0.1:0"]
         done = tierd("mount", mount.source, mountpoint, *options, check=False)
         assert done.returncode == 2, done.stderr
-        assert "busy" in done.stderr or f"process {mount.pid}" in done.stderr
+        assert "busy" in done.stderr or f"process {mount.record.keeper_pid}" in done.stderr
         assert "Traceback" not in done.stderr
     assert not is_mounted(other)
     (mount.mountpoint / "file").write_bytes(b"the first one lives")

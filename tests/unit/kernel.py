@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from tierd.node.files import OpenedFile
-from tierd.node.inodes import ROOT_ID
+from tierd.node.ledger import ROOT_ID
 from tierd.node.overlay import Overlay
 from tierd.node.reach import Caller, Entry
 

@@ -22,7 +22,7 @@ from tierd.errors import TierdError
 from tierd.metrics import Metrics
 from tierd.node import fuse
 from tierd.node.fuse import OPERATIONS, FuseOperations
-from tierd.node.inodes import ROOT_ID
+from tierd.node.ledger import ROOT_ID
 from tierd.node.sources import Moved
 
 

@@ -14,7 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tierd.node.inodes import ROOT_ID, InodeTable, Node, pack
+from tierd.node.inodes import InodeTable, Node, pack
+from tierd.node.ledger import ROOT_ID
 from tierd.node.sources import Moved, Version
 
 ROOT_KEY = 100

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.conftest import Bench
 from tests.unit.kernel import CALLER, number_of
-from tierd.node.inodes import ROOT_ID
+from tierd.node.ledger import ROOT_ID
 from tierd.node.sources import Changes
 
 

@@ -13,8 +13,8 @@ from trio.testing import MockClock
 from tests.unit.conftest import Bench, Gate, end_bench, make_bench
 from tests.unit.kernel import CALLER, number_of
 from tierd.node import files as files_module
-from tierd.node.inodes import ROOT_ID
 from tierd.node.journal import Closed, Event, Opened
+from tierd.node.ledger import ROOT_ID
 from tierd.node.reach import YOUNG_SECONDS
 from tierd.node.sources import Changes
 

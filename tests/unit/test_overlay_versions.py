@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from tests.unit.conftest import Bench
 from tests.unit.kernel import CALLER, number_of
-from tierd.node.inodes import ROOT_ID
+from tierd.node.ledger import ROOT_ID
 from tierd.node.reach import YOUNG_SECONDS
 from tierd.node.sources import Changes
 

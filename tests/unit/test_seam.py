@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from tierd.node.seam import MAX_BACKGROUND, ReadTarget, Seam
+from tierd.node.messages import MAX_BACKGROUND
+from tierd.node.seam import ReadTarget, Seam
 
 IN_HEADER = struct.Struct("=IIQQIIIHH")
 OUT_HEADER = struct.Struct("=IiQ")
@@ -99,8 +100,8 @@ def file(tmp_path: Path) -> Iterator[int]:
 def test_requests_and_replies_pass_unchanged(wire: Wire) -> None:
     message = wire.request(LOOKUP, 7, b"name\0")
     assert wire.libfuse.recv(1 << 20) == message
-    wire.reply(7, b"entry")
-    assert wire.answer() == (7, 0, b"entry")
+    wire.reply(7, b"an entry")
+    assert wire.answer() == (7, 0, b"an entry")
     wire.reply(8, error=-errno.ENOENT)
     assert wire.answer() == (8, -errno.ENOENT, b"")
 

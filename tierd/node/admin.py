@@ -125,8 +125,12 @@ def _probe(mountpoint: Path) -> bool:
 
 def unix_listener(path: Path) -> socket.socket:
     """A listening unix socket that only our user can connect to."""
+    return bind_private(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path)
+
+
+def bind_private(server: socket.socket, path: Path) -> socket.socket:
+    """Let a socket listen at a path that only our user can connect to."""
     path.unlink(missing_ok=True)
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:
         server.bind(os.fsencode(path))

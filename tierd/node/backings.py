@@ -11,8 +11,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import struct
+from collections.abc import Mapping
+from contextlib import suppress
 
 import structlog
+
+from tierd.node.ledger import Ledger
 
 log = structlog.get_logger(__name__)
 
@@ -20,6 +24,8 @@ _BACKING_OPEN = (1 << 30) | (16 << 16) | (229 << 8) | 1
 _BACKING_CLOSE = (1 << 30) | (4 << 16) | (229 << 8) | 2
 """FUSE_DEV_IOC_BACKING_OPEN and _CLOSE, include/uapi/linux/fuse.h since Linux 6.9."""
 _BACKING_MAP = struct.Struct("=iIQ")
+
+_UNKNOWN_MAX = 4
 
 BACKINGS_MAX = 16_384
 """Backings at once; each pins an open file in the kernel. More opens are served through the daemon."""
@@ -31,8 +37,9 @@ class Backings:
     Invariant: an ID is closed only after the reply to the RELEASE of its last user could be sent.
     """
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, ledger: Ledger) -> None:
         self._device = device
+        self._ledger = ledger
         self._held: dict[int, tuple[int, int]] = {}
         self.refused = 0
         """Opens that had to go through the daemon because the kernel refused a backing, or there were too many."""
@@ -48,6 +55,7 @@ class Backings:
             if backing_id is None:
                 self.refused += 1
                 return None
+            self._ledger.backing(node_id, backing_id)
             held = (backing_id, 0)
         self._held[node_id] = (held[0], held[1] + 1)
         return held[0]
@@ -60,10 +68,28 @@ class Backings:
             return
         del self._held[node_id]
         try:
-            fcntl.ioctl(self._device, _BACKING_CLOSE, struct.pack("=I", backing_id))
+            self._close(backing_id)
         except OSError as error:
             if error.errno not in (errno.ENODEV, errno.ENOTCONN, errno.EBADF, errno.EPERM):
                 log.warning("backing_not_closed", node_id=node_id, reason=error.strerror)
+        self._ledger.backing(node_id, 0)
+
+    def _close(self, backing_id: int) -> None:
+        fcntl.ioctl(self._device, _BACKING_CLOSE, struct.pack("=I", backing_id))
+
+    def inherit(self, left: Mapping[int, int], users: Mapping[int, int], last_id: int) -> None:
+        """Take over the backings of the daemon before this one, by node; close those that no open uses any longer.
+
+        One more may have been opened and not written down: the kernel gives IDs out in order.
+        """
+        for node_id, backing_id in left.items():
+            self._held[node_id] = (backing_id, users.get(node_id, 0))
+        for node_id in [node_id for node_id in left if not users.get(node_id)]:
+            self._held[node_id] = (left[node_id], 1)
+            self.release(node_id)
+        for backing_id in range(last_id + 1, last_id + 1 + _UNKNOWN_MAX) if last_id else ():
+            with suppress(OSError):
+                self._close(backing_id)
 
     def _open(self, fd: int) -> int | None:
         if len(self._held) >= BACKINGS_MAX:

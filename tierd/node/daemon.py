@@ -6,12 +6,13 @@ import gc
 import os
 import platform
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 import trio
@@ -21,27 +22,30 @@ from tierd import __version__
 from tierd.config import MountSettings
 from tierd.errors import DaemonError, TierdError, UsageError
 from tierd.metrics import Metrics, TierMetrics
-from tierd.node import admin, fuse, preflight
+from tierd.node import admin, estate, fuse, preflight, standin
 from tierd.node.answers import answers, iso_time
 from tierd.node.caller import keep_capabilities
+from tierd.node.heir import Heir, inherit, intents_of
 from tierd.node.hot import HotFiles
 from tierd.node.index import Index
 from tierd.node.journal import Journal
+from tierd.node.keeping import Keeping
+from tierd.node.ledger import Ledger
+from tierd.node.once import Once
 from tierd.node.overlay import Overlay
+from tierd.node.packets import ADMIN_LISTENER, LEDGER, METRICS_LISTENER, MISSED, SOURCE_ROOT
 from tierd.node.recorder import ModelDirs, Recorder
-from tierd.node.seam import Seam, open_device
-from tierd.node.sources import PosixSource
+from tierd.node.seam import Inheritance, Seam
+from tierd.node.sources import PosixSource, Root
 from tierd.node.tier_setup import TierParts
-from tierd.runtime import MountRecord, remove_record, socket_path, write_record
-
-if TYPE_CHECKING:
-    pass
+from tierd.runtime import MountRecord, write_record
 
 log = structlog.get_logger(__name__)
 
 _PASSTHROUGH_KERNEL = (6, 9)
 _MOUNT_SECONDS = 30.0
 _STOP_SECONDS = 10.0
+_LEAVE_SECONDS = 1.0
 _RESTART_SECONDS = 5.0
 _NICENESS = -10
 _ACCOUNT_SECONDS = 0.01
@@ -50,39 +54,24 @@ _ACCOUNT_SECONDS = 0.01
 class Daemon:
     """One mount and everything that serves it.
 
-    Start order: locks, port, index, overlay, mount, requests, recorder, admin, ready. Stop order: admin,
-    mount, requests in work, recorder, index, locks. `start_log` is called once nothing can be refused any
-    longer, so that a refusal leaves no log behind; `ready` once the mount answers.
+    Start order: what the keeper holds, index, overlay, requests, recorder, admin, ready. Stop order: admin, mount,
+    requests in work, recorder, index. `ready` is called once the mount answers.
     """
 
-    def __init__(self, settings: MountSettings, *, start_log: Callable[[], None], ready: Callable[[], None]) -> None:
-        self.settings = preflight.check_paths(settings)
-        assert self.settings.state_dir is not None
-        self.state_dir = self.settings.state_dir
-        self._start_log = start_log
+    def __init__(self, settings: MountSettings, keeping: Keeping, *, ready: Callable[[], None]) -> None:
+        self._given = settings
+        self._keeping = keeping
         self._ready = ready
         self._started = time.time()
         self._stop = trio.Event()
         self._requests_done = trio.Event()
         self._hot_events = trio.Event()
-        self._slow = trio.CapacityLimiter(2)
         self._want_passthrough = settings.passthrough != "off" and os.geteuid() == 0
-        self._allow_other = os.geteuid() == 0 if settings.allow_other is None else settings.allow_other
 
     def run(self) -> None:
-        """Serve until SIGTERM, SIGINT or an unmount. Raises UsageError before anything was mounted."""
-        preflight.check_fuse(allow_other=self._allow_other)
+        """Serve until SIGTERM, SIGINT or an unmount, or until a newer daemon takes over. Raises UsageError."""
         with ExitStack() as stack:
-            self._listener = stack.enter_context(preflight.listen(self.settings.metrics))
-            stack.enter_context(preflight.exclusive(self.state_dir, self.settings.mountpoint))
-            cache = stack.enter_context(preflight.exclusive_cache(self.settings))
-            self._cache_dir = cache.directory
-            self._start_log()
-            for event, details in cache.remarks:
-                log.warning(event, **details)
-            preflight.warn_if_hiding(self.settings.mountpoint)
-            host, port = self._listener.getsockname()[:2]
-            self._metrics_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            self._take_what_is_held()
             self._build(stack)
             if os.geteuid() == 0:
                 keep_capabilities()
@@ -101,10 +90,28 @@ class Daemon:
                 raise cause from group
         log.info("stopped", mountpoint=str(self.settings.mountpoint))
 
+    def _take_what_is_held(self) -> None:
+        """What was checked and locked when the mount was made, and what the daemon before this one left."""
+        self._keeping.attach()
+        told, held = self._keeping.told, self._keeping.held
+        paths = {name: Path(told[name]) for name in ("source", "mountpoint", "state_dir")}
+        self.settings = self._given.model_copy(update=paths)
+        self.state_dir = paths["state_dir"]
+        self._cache_dir = Path(told["cache_dir"]) if told["cache_dir"] is not None else None
+        self.source = PosixSource(self.settings.source, Root(held[SOURCE_ROOT], *told["root"]))
+        family = socket.AF_INET6 if self._given.metrics.startswith("[") else socket.AF_INET
+        self._listener = self._keeping.listener(METRICS_LISTENER, family)
+        self._admin = self._keeping.listener(ADMIN_LISTENER, socket.AF_UNIX)
+        host, port = self._listener.getsockname()[:2]
+        self._metrics_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._estate = estate.read(held[LEDGER]) if LEDGER in held else None
+        self.ledger = Ledger(held.get(LEDGER))
+        if self._estate is None:
+            self._keeping.keep_ledger(self.ledger.fd)
+
     def _build(self, stack: ExitStack) -> None:
         settings = self.settings
         self.metrics = Metrics(CollectorRegistry(), models_max=settings.metrics_models, operations=fuse.OPERATIONS)
-        self.source = PosixSource(settings.source)
         stack.callback(self.source.close)
         self.index = Index(
             self.state_dir / "index.db",
@@ -125,8 +132,6 @@ class Daemon:
             load_idle_gap_s=settings.load_idle_gap,
             **({"noted": self.tier.usage.note} if self.tier else {}),
         )
-        self._admin = stack.enter_context(admin.unix_listener(socket_path(settings.mountpoint)))
-        stack.callback(remove_record, settings.mountpoint)
 
     def _build_tier(self, is_model_dir: ModelDirs) -> TierParts | None:
         if self._cache_dir is None:
@@ -138,13 +143,15 @@ class Daemon:
         """Everything between mount and unmount."""
         settings = self.settings
         token = trio.lowlevel.current_trio_token()
-        device = open_device(settings.mountpoint, allow_other=self._allow_other)
         self.hot = self._short_way(token)
         self.seam = Seam(
-            device,
+            self._keeping.device,
             ended=lambda: token.run_sync_soon(self._unmounted),
             passthrough=self._want_passthrough,
+            resend=settings.handover,
             short_way=self.hot,
+            ledger=self.ledger,
+            undelivered=lambda said: token.run_sync_soon(self._take_back, said),
         )
         try:
             self._connect()
@@ -168,7 +175,12 @@ class Daemon:
                 token.run_sync_soon(self._hot_events.set)
 
         attr_timeout, entry_timeout = self.settings.attr_timeout, self.settings.entry_timeout
-        return HotFiles(self.source.key, wake, attr_timeout_s=attr_timeout, entry_timeout_s=entry_timeout)
+        return HotFiles(
+            self.source.key, wake, attr_timeout_s=attr_timeout, entry_timeout_s=entry_timeout, ledger=self.ledger
+        )
+
+    def _take_back(self, said: estate.Said) -> None:
+        trio.lowlevel.spawn_system_task(keep_running, "take_back", self.overlay.take_back, said)
 
     async def _follow_short_way(self) -> None:
         """Account for what the pumps answered, some hundred times a second at most: each time costs them the lock."""
@@ -188,23 +200,40 @@ class Daemon:
             read_ended=self.metrics.read_ended,
             tier=self.tier.tier if self.tier else None,
             hot=self.hot,
+            ledger=self.ledger,
+            once=Once(self.ledger, self.source.key, intents_of(self._estate) if self._estate else {}),
+            holder=self._keeping,
         )
         operations = fuse.FuseOperations(
             self.overlay,
             self.metrics,
             congested=self.seam.congested,
+            caller_of=self.seam.caller_of,
             attr_timeout_s=self.settings.attr_timeout,
             entry_timeout_s=self.settings.entry_timeout,
         )
         self._watch_depths()
         fuse.attach(operations, self.seam)
 
+    def _inherit(self) -> Inheritance | None:
+        """Become what the daemon before this one was; what the seam shall go on with."""
+        left, self._estate = self._estate, None
+        if left is None or left.init is None:
+            return None
+        held = self._keeping.held
+        copies = {copy.name: copy for copy in self.tier.store.copies()} if self.tier else {}
+        inherit(Heir(self.overlay, self.hot, self.seam.backings, held, copies, self._keeping.drop), left)
+        missed = standin.missed(held[MISSED]) if MISSED in held else []
+        return Inheritance(left.init, left.doubtful, missed)
+
     async def _serve_mount(self) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
-            nursery.start_soon(self._answer_requests)
+            left = self._inherit()
+            await nursery.start(self._answer_requests, left)
             nursery.start_soon(keep_running, "short_way", self._follow_short_way)
-            await self._await_mount()
+            if left is None:
+                await self._await_mount()
             self._check_passthrough()
             tune_mount(self.settings.mountpoint, self.settings.read_ahead_kib)
             nursery.start_soon(keep_running, "recorder", self.recorder.run)
@@ -212,8 +241,11 @@ class Daemon:
                 for name, task in self.tier.tasks().items():
                     nursery.start_soon(keep_running, name, task)
             self._start_admin(nursery)
+            nursery.start_soon(keep_running, "keeper", self._keeping.run, self._stop.set, self._leave)
+            nursery.start_soon(keep_running, "ledger", self._keeping.compact, self.ledger)
             write_record(self._record())
-            log.info("mounted", **self._record_for_log())
+            log.info("mounted" if left is None else "serving", **self._record_for_log())
+            self._keeping.ready(resend=bool(self.seam.resend_agreed) and not self.ledger.lost)
             self._ready()
             await self._stop.wait()
             nursery.cancel_scope.deadline = trio.current_time() + _STOP_SECONDS
@@ -236,11 +268,22 @@ class Daemon:
                 log.info("stopping", signal=signal.Signals(number).name)
                 self._stop.set()
 
-    async def _answer_requests(self) -> None:
+    async def _leave(self) -> None:
+        """A newer daemon takes over: what is recorded is written, all else is in the ledger."""
+        self.overlay.end_records()
+        with trio.move_on_after(_LEAVE_SECONDS):
+            await self.recorder.flush()
+        log.info("left", mountpoint=str(self.settings.mountpoint))
+        os._exit(0)
+
+    async def _answer_requests(
+        self, left: Inheritance | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         try:
             if self.tier is not None:
                 self.tier.start(self.overlay.copy_removed)
-            self.seam.start()
+            self.seam.start(left)
+            task_status.started()
             await fuse.serve()
         finally:
             self._requests_done.set()
@@ -306,6 +349,7 @@ class Daemon:
             state_dir=str(self.state_dir),
             pid=os.getpid(),
             metrics_address=self._metrics_address,
+            keeper_pid=self._keeping.keeper_pid,
         )
 
     def _record_for_log(self) -> dict[str, Any]:
@@ -319,6 +363,9 @@ class Daemon:
             "source": record.source,
             "state_dir": record.state_dir,
             "daemon_pid": record.pid,
+            "keeper_pid": self._keeping.keeper_pid,
+            "restarts": self._keeping.restarts,
+            "handover": "resend" if self.seam.resend_agreed and not self.ledger.lost else "remount",
             "started_at": iso_time(int(self._started * 1e9)),
             "uptime_seconds": round(time.time() - self._started, 3),
             "metrics_address": record.metrics_address,

@@ -14,6 +14,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, NoReturn, Protocol
 
 import trio
@@ -24,6 +25,9 @@ from tierd.node.handles import FileHandle
 from tierd.node.hot import Event, HotFiles, HotName
 from tierd.node.inodes import Node, pack
 from tierd.node.journal import Closed, Journal, Opened
+from tierd.node.ledger import HANDLE, HandleRecord, Ledger
+from tierd.node.once import Once
+from tierd.node.packets import FIRST_HANDLE
 from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, Reach, of_source
 from tierd.node.seam import ReadTarget
 from tierd.node.sources import (
@@ -80,9 +84,30 @@ class ReadPath(Protocol):
         """One open with a backing fewer."""
 
 
+class Holder(Protocol):
+    """Keeps descriptors of open files for a daemon that comes after this one."""
+
+    def hold(self, key: int, fd: int) -> None:
+        """Keep a duplicate of `fd`. Any thread."""
+
+    def drop(self, key: int) -> None:
+        """Let go of it. Any thread."""
+
+
+class NoHolder:
+    """Nobody comes after this one."""
+
+    def hold(self, key: int, fd: int) -> None:
+        """See Holder."""
+
+    def drop(self, key: int) -> None:
+        """See Holder."""
+
+
 class _Reached(NamedTuple):
     """What a worker thread found: the source file, and the node tier's part in it."""
 
+    fh: int
     fd: int
     version: Version
     pod: str | None
@@ -109,9 +134,13 @@ class Files(Reach):
         now_ns: Callable[[], int] = time.time_ns,
         tier: NodeTier | None = None,
         hot: HotFiles | None = None,
+        ledger: Ledger | None = None,
+        once: Once | None = None,
+        holder: Holder | None = None,
     ) -> None:
         stale = tier is not None and tier.settings.stale_if_unreachable
-        super().__init__(source, tier.source_deadline_s if tier is not None and stale else math.inf)
+        super().__init__(source, tier.source_deadline_s if tier is not None and stale else math.inf, ledger, once)
+        self._holder = holder or NoHolder()
         self.journal = journal
         self._reads = reads
         self._now_ns = now_ns
@@ -120,7 +149,7 @@ class Files(Reach):
         self._tier = tier
         self._hot = hot
         self.files: dict[int, FileHandle] = {}
-        self._next_fh = 1
+        self._next_fh = FIRST_HANDLE
         self.retired = 0
         """Nodes retired because an open needed another content or another way of reading."""
 
@@ -136,10 +165,7 @@ class Files(Reach):
             elif of_source(known) is None:
                 # Nothing holds the inode that it stands for: this may be another file with its number.
                 self._retire(known, young_until=trio.current_time() + YOUNG_SECONDS)
-        node = self.inodes.seen(parent, name, key)
-        if node.version is None:
-            node.version = version
-        return node
+        return self.inodes.seen(parent, name, key, version)
 
     def _expect_change(self, node: Node, st: os.stat_result) -> None:
         """A file changed while nobody had it open, or another one got its inode number.
@@ -154,11 +180,21 @@ class Files(Reach):
         """Open a file. Raises ESTALE when the kernel shall look the name up again."""
         self.take_events()
         node = self.inodes.get(node_id)
+        opened = None
         if self._tier is not None and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
             opened = await self._open_copy(node, self._tier, caller)
-            if opened is not None:
-                return opened
-        return await self._open_source(node, flags, caller)
+        if opened is None:
+            opened = await self._open_source(node, flags, caller)
+        self._note(self.files[opened.fh])
+        return opened
+
+    def _note(self, handle: FileHandle) -> None:
+        """What a successor must know of a handle."""
+        copy = os.fsencode(handle.copy.name) if handle.copy is not None else b""
+        record = HandleRecord(
+            handle.fh, handle.node.id, False, handle.writable, handle.dirty, handle.backed, copy, handle.model
+        )
+        self.ledger.append(HANDLE, record.pack())
 
     # --- from the node tier ---
 
@@ -181,7 +217,7 @@ class Files(Reach):
             fd = tier.store.open(copy)
         except Damaged:
             return None
-        node.version = pack(version)
+        self.inodes.set_version(node, pack(version))
         return OpenedFile(self._copy_handle(node, copy, fd, attributes, caller.uid, pod).fh, True)
 
     def _may_read_copy(self, node: Node) -> bool:
@@ -220,12 +256,15 @@ class Files(Reach):
         handle = FileHandle(self._fh(), node, -1, False)
         handle.target = ReadTarget(fd, local=True)
         handle.copy, handle.attributes = copy, attributes
-        node.attributes = attributes or node.attributes
+        if attributes is not None:
+            self.inodes.remember(node, attributes)
         self._register(handle, copy.model)
         self._record_open(handle, uid, pod)
         if copy.identity.size >= PASSTHROUGH_BYTES_MIN:
             self._pass_through(handle, fd)
             self._publish(handle, copy, fd)
+        if not handle.backed:
+            self._holder.hold(handle.fh, fd)
         if self._tier is not None:
             self._tier.read_ahead(copy)
         return handle
@@ -295,7 +334,8 @@ class Files(Reach):
         node = event.node
         handle = FileHandle(event.fh, node, -1, False)
         handle.copy, handle.attributes = event.copy, event.attributes
-        node.attributes = event.attributes
+        if event.attributes is not None:
+            self.inodes.remember(node, event.attributes)
         self.files[handle.fh] = handle
         self._reads.back(node.id, -1)
         if not node.backed:
@@ -315,7 +355,7 @@ class Files(Reach):
         unlinked = node.parent is None and node.handles
         reach = self._by_handle if unlinked else self._by_name
         path = self._path_to_fill(node, flags)
-        found = await reach(node, self._open_blocking, flags, caller.pid, path)
+        found = await reach(node, self._open_blocking, flags, caller.pid, path, self._fh())
         self._withdraw(node)
         packed = pack(found.version)
         changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
@@ -323,11 +363,11 @@ class Files(Reach):
             await self._run(self._reads.attributes_changed, node.id)
             self._withdraw(node)
         elif changed or self._excluded(node, flags):
-            await self._send_back(node, found.fd, flags)
+            await self._send_back(node, found, flags)
         if self._excluded(node, flags) or (changed and _reads_a_version(node)):  # it may have become so meanwhile
-            await self._send_back(node, found.fd, flags)
+            await self._send_back(node, found, flags)
         if not node.dirty or flags & os.O_TRUNC:
-            node.version = packed
+            self.inodes.set_version(node, packed)
         handle = self._source_handle_of(node, found, flags, caller.uid)
         if not self._join_fill(handle, found.fill):
             large = found.version.size >= PASSTHROUGH_BYTES_MIN
@@ -346,14 +386,16 @@ class Files(Reach):
         except Moved:
             return None
 
-    def _open_blocking(self, ref: Ref, flags: int, pid: int, path: bytes | None) -> _Reached:
+    def _open_blocking(self, ref: Ref, flags: int, pid: int, path: bytes | None, fh: int) -> _Reached:
         fd, version = self.source.open(ref, flags)
+        self._holder.hold(fh, fd)
         try:
             model, fill = (None, None)
             if path is not None and self._tier is not None and isinstance(ref.key, int):
                 model, fill = self._tier.begin(Identity(ref.key, *version), path, fd)
-            return _Reached(fd, version, pod_of(pid), model, fill)
+            return _Reached(fh, fd, version, pod_of(pid), model, fill)
         except BaseException:
+            self._holder.drop(fh)
             os.close(fd)
             raise
 
@@ -373,7 +415,7 @@ class Files(Reach):
         """Its readers read one version, whatever is written, and their pages are the node's: no place for a writer."""
         return flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY and _reads_a_version(node)
 
-    async def _send_back(self, node: Node, fd: int, flags: int) -> NoReturn:
+    async def _send_back(self, node: Node, found: _Reached, flags: int) -> NoReturn:
         """Have the kernel look the name up again and open the node that this returns: a young one, free for that.
 
         A node that was retired long ago, and is still named by the kernel, has a successor that may be neither.
@@ -384,7 +426,8 @@ class Files(Reach):
             self._retire(live, young_until=young_until)
         elif live is not None:
             live.young_until = young_until
-        await self._run(os.close, fd)
+        self._holder.drop(found.fh)
+        await self._run(os.close, found.fd)
         raise Moved
 
     def _pass_through_source(self, handle: FileHandle) -> None:
@@ -414,11 +457,28 @@ class Files(Reach):
 
     def _source_handle_of(self, node: Node, found: _Reached, flags: int, uid: int) -> FileHandle:
         access = flags & os.O_ACCMODE
-        handle = FileHandle(self._fh(), node, found.fd, access != os.O_RDONLY)
+        handle = FileHandle(found.fh, node, found.fd, access != os.O_RDONLY)
         self._register(handle, found.model)
         if access != os.O_WRONLY:
             self._record_open(handle, uid, found.pod)
         return handle
+
+    def inherit_handle(self, handle: FileHandle, model: bytes | None) -> None:
+        """Go on with a handle of the daemon before this one. Its open was recorded then; its close will be now."""
+        node = handle.node
+        node.backed += handle.backed
+        node.dirty += handle.dirty
+        if handle.backed:
+            node.copy = handle.copy
+        handle.attributes = node.attributes
+        self._register(handle, model)
+        if not handle.writable:
+            with suppress(Moved):
+                handle.recorded_path = self.inodes.path(node)
+
+    def begin_handles_after(self, fh: int) -> None:
+        """Give out higher handles than the daemon before this one did."""
+        self._next_fh = max(self._next_fh, fh)
 
     def _register(self, handle: FileHandle, model: bytes | None) -> None:
         self.files[handle.fh] = handle
@@ -454,20 +514,32 @@ class Files(Reach):
         parent = self.inodes.get(parent_id)
         async with self.dirs.hold(parent) as dir_fd:
             try:
-                fd, st, version, pod = await self._run(self._create_blocking, dir_fd, name, flags, mode, caller)
+                found, st = await self._run(self._create_blocking, dir_fd, name, flags, mode, caller, self._fh())
             except FileExistsError:
                 if flags & os.O_EXCL:
                     raise
                 raise Moved from None
         node = self._count(parent, name, st)
-        node.version = pack(version)
-        found = _Reached(fd, version, pod, None, None)
-        return OpenedFile(self._source_handle_of(node, found, flags, caller.uid).fh, True), Entry(node.id, st)
+        self.inodes.set_version(node, pack(found.version))
+        handle = self._source_handle_of(node, found, flags, caller.uid)
+        self._note(handle)
+        return OpenedFile(handle.fh, True), Entry(node.id, st)
 
     def _create_blocking(
-        self, dir_fd: int, name: bytes, flags: int, mode: int, caller: Caller
-    ) -> tuple[int, os.stat_result, Version, str | None]:
-        return *self.source.create(dir_fd, name, flags, mode, owner_of(caller)), pod_of(caller.pid)
+        self, dir_fd: int, name: bytes, flags: int, mode: int, caller: Caller, fh: int
+    ) -> tuple[_Reached, os.stat_result]:
+        def adopt(st: os.stat_result) -> tuple[int, os.stat_result, Version]:
+            fd, version = self.source.open(Ref(dir_fd, name, self.source.key(st)), flags)
+            return fd, st, version
+
+        fd, st, version = self.once.make(
+            caller.unique,
+            lambda: self.source.lstat(dir_fd, name),
+            lambda: self.source.create(dir_fd, name, flags, mode, owner_of(caller)),
+            adopt,
+        )
+        self._holder.hold(fh, fd)
+        return _Reached(fh, fd, version, pod_of(caller.pid), None, None), st
 
     async def read(self, fh: int, offset: int, size: int) -> bytes:
         """Bytes at `offset`, fewer than `size` only at the end of the file."""
@@ -482,6 +554,7 @@ class Files(Reach):
         if not handle.dirty:
             handle.dirty = True
             handle.node.dirty += 1
+            self._note(handle)
         return await self._run_data(write_at, handle.fd, data, offset)
 
     async def flush(self, fh: int) -> None:
@@ -498,16 +571,18 @@ class Files(Reach):
             await self._run_data(os.fdatasync if datasync else os.fsync, handle.fd)
 
     async def release(self, fh: int) -> None:
-        """The last descriptor of an open was closed."""
+        """The last descriptor of an open was closed. The daemon before this one may have been told so already."""
         self.take_events()
-        handle = self.files.pop(fh)
+        handle = self.files.pop(fh, None)
+        if handle is None:
+            return
         self._reads.stop_reads(fh)
         node = handle.node
         version = await self._run_data(_final_version, handle.fd) if handle.dirty else None
         if handle.dirty:
             node.dirty -= 1
             if node.dirty == 0:
-                node.version = pack(version) if version is not None else None
+                self.inodes.set_version(node, pack(version) if version is not None else None)
         self._end_handle(handle)
         if handle.fill is not None:
             await self._run_data(handle.fill.detach, handle.target)
@@ -516,6 +591,7 @@ class Files(Reach):
             await self._close(handle)
 
     def _end_handle(self, handle: FileHandle) -> None:
+        self.ledger.closed(handle.fh)
         handle.leave()
         if handle.backed:
             handle.node.backed -= 1
@@ -547,12 +623,12 @@ class Files(Reach):
 
     async def _close(self, handle: FileHandle) -> None:
         """A copy that was removed meanwhile is deleted by its last close, which takes time."""
-        if handle.copy is None:
-            await self._run_data(os.close, handle.fd)
-        elif handle.copy.removed:
-            await self._run_data(os.close, handle.target.fd)
-        else:
-            os.close(handle.target.fd)
+        self._holder.drop(handle.fh)
+        fd = handle.target.fd if handle.fd < 0 else handle.fd
+        if fd >= 0 and (handle.copy is None or handle.copy.removed):
+            await self._run_data(os.close, fd)
+        elif fd >= 0:
+            os.close(fd)
 
     def _file(self, fh: int) -> FileHandle:
         handle = self.files.get(fh)

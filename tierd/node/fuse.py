@@ -96,14 +96,17 @@ class FuseOperations(pyfuse3.Operations):
         metrics: Metrics,
         *,
         congested: Callable[[], bool],
+        caller_of: Callable[[int], tuple[int, int]] = lambda pid: (pid, 0),
         attr_timeout_s: float,
         entry_timeout_s: float,
     ) -> None:
-        """`congested` says whether replies must wait (see Seam); the timeouts are what the kernel may rely on."""
+        """`congested` says whether replies must wait, `caller_of` who sent a request (see Seam); the timeouts are what
+        the kernel may rely on."""
         super().__init__()
         self.overlay = overlay
         self.metrics = metrics
         self._congested = congested
+        self._caller_of = caller_of
         self.enable_acl = overlay.source.acls
         self._attr_timeout_s = attr_timeout_s
         self._entry_timeout_s = entry_timeout_s
@@ -115,8 +118,7 @@ class FuseOperations(pyfuse3.Operations):
         return self._entry(await self.overlay.lookup(parent_inode, name))
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        for node_id, count in inode_list:
-            self.overlay.forget(node_id, count)
+        self.overlay.forget_all(inode_list)
 
     @handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
@@ -131,7 +133,7 @@ class FuseOperations(pyfuse3.Operations):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        return self._entry(await self.overlay.setattr(inode, _changes(attr, fields), fh))
+        return self._entry(await self.overlay.setattr(inode, _changes(attr, fields), fh, self._caller(ctx).unique))
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
@@ -141,25 +143,25 @@ class FuseOperations(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._entry(await self.overlay.mknod(parent_inode, name, mode, rdev, _caller(ctx)))
+        return self._entry(await self.overlay.mknod(parent_inode, name, mode, rdev, self._caller(ctx)))
 
     @handler
     async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self.overlay.mkdir(parent_inode, name, mode, _caller(ctx)))
+        return self._entry(await self.overlay.mkdir(parent_inode, name, mode, self._caller(ctx)))
 
     @handler
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self.overlay.unlink(parent_inode, name)
+        await self.overlay.unlink(parent_inode, name, self._caller(ctx).unique)
 
     @handler
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self.overlay.rmdir(parent_inode, name)
+        await self.overlay.rmdir(parent_inode, name, self._caller(ctx).unique)
 
     @handler
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._entry(await self.overlay.symlink(parent_inode, name, target, _caller(ctx)))
+        return self._entry(await self.overlay.symlink(parent_inode, name, target, self._caller(ctx)))
 
     @handler
     async def rename(
@@ -171,25 +173,26 @@ class FuseOperations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        await self.overlay.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        unique = self._caller(ctx).unique
+        await self.overlay.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, unique)
 
     @handler
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._entry(await self.overlay.link(inode, new_parent_inode, new_name))
+        return self._entry(await self.overlay.link(inode, new_parent_inode, new_name, self._caller(ctx).unique))
 
     # --- files ---
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        return _file_info(await self.overlay.open(inode, flags, _caller(ctx)))
+        return _file_info(await self.overlay.open(inode, flags, self._caller(ctx)))
 
     @handler
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        opened, entry = await self.overlay.create(parent_inode, name, flags, mode, _caller(ctx))
+        opened, entry = await self.overlay.create(parent_inode, name, flags, mode, self._caller(ctx))
         return _file_info(opened), self._entry(entry)
 
     @handler
@@ -256,7 +259,10 @@ class FuseOperations(pyfuse3.Operations):
 
     @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
-        await self.overlay.removexattr(inode, name)
+        await self.overlay.removexattr(inode, name, self._caller(ctx).unique)
+
+    def _caller(self, ctx: RequestContext) -> Caller:
+        return Caller(ctx.uid, ctx.gid, *self._caller_of(ctx.pid))
 
     def _entry(self, entry: Entry) -> EntryAttributes:
         st = entry.attributes
@@ -299,10 +305,6 @@ def stop() -> None:
 def detach() -> None:
     """Give everything back to libfuse."""
     pyfuse3.close(unmount=False)
-
-
-def _caller(ctx: RequestContext) -> Caller:
-    return Caller(ctx.uid, ctx.gid, ctx.pid)
 
 
 def _file_info(opened: OpenedFile) -> FileInfo:

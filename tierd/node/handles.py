@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 
 from tierd.node.fill import Fill
@@ -64,13 +64,15 @@ class FileHandle(Handle):
 
 
 class DirHandle(Handle):
-    """One open directory: the listing it was opened with, and how many entries fit in the last reply."""
+    """One open directory: the listing it was opened with, and how many entries fit in the last reply. `told` is the
+    last name before a position, where another daemon told it."""
 
-    __slots__ = ("names", "reply_size")
+    __slots__ = ("names", "reply_size", "told")
 
     def __init__(self, fh: int, node: Node, fd: int) -> None:
         super().__init__(fh, node, fd)
         self.names: list[bytes] = []
+        self.told: Mapping[int, bytes] = {}
         self.reply_size = 24
         """First guess: a 4 KiB reply holds about that many READDIRPLUS entries."""
 

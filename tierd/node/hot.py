@@ -26,6 +26,7 @@ from typing import Final, Literal, NamedTuple
 
 from tierd.node.caller import pod_of
 from tierd.node.inodes import Node, pack
+from tierd.node.ledger import HANDLE, HandleRecord, Ledger
 from tierd.node.sources import Key, forced_stat, version_of
 from tierd.node.store import Copy, seal_of
 
@@ -82,6 +83,11 @@ class HotFile:
         self.copy_fd = copy_fd
         self.backing_id = backing_id
 
+    def record(self, fh: int) -> HandleRecord:
+        """What a successor must know of an open of it."""
+        copy = os.fsencode(self.copy.name)
+        return HandleRecord(fh, self.name.node.id, False, False, False, True, copy, self.copy.model)
+
 
 class HotFiles:
     """See the module. Timeouts are what the kernel may rely on, in seconds. `wake`, called with the
@@ -94,7 +100,9 @@ class HotFiles:
         *,
         attr_timeout_s: float,
         entry_timeout_s: float,
+        ledger: Ledger | None = None,
     ) -> None:
+        self._ledger = ledger or Ledger()
         self._key_of = key_of
         self._wake = wake
         self._attr_valid = divmod(int(attr_timeout_s * NS), NS)
@@ -165,6 +173,10 @@ class HotFiles:
         with self._lock:
             return [node_id for node_id, hot in self._files.items() if hot.copy is copy]
 
+    def begin_handles_after(self, fh: int) -> None:
+        """Give out higher handles than the daemon before this one did."""
+        self._next_fh = max(self._next_fh, fh)
+
     def take_events(self) -> list[Event]:
         """What was answered since the last call, in order."""
         if not self._events:
@@ -221,6 +233,7 @@ class HotFiles:
             fh = self._next_fh
             self._opens[fh] = hot
             self._files.move_to_end(node_id)
+            self._ledger.append(HANDLE, hot.record(fh).pack())
             self._tell(Event("open", name.node, fh, uid, pod, st, hot.copy))
             self.opens += 1
         return fh, hot.backing_id
@@ -241,6 +254,7 @@ class HotFiles:
             hot = self._opens.pop(fh, None)
             if hot is None:
                 return False
+            self._ledger.closed(fh)
             self._tell(Event("release", hot.name.node, fh))
         return True
 

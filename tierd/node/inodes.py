@@ -3,6 +3,8 @@
 No I/O here. A node ID is never used twice, and it is one *content version*: when the content changed
 behind the overlay, the node is retired and the next lookup gets a new one (DESIGN.md, "The kernel's rule").
 
+What a successor must know of a node is written to the ledger by whichever method changes it.
+
 Contract: used from the trio thread only, and no method awaits, so each call is atomic.
 """
 
@@ -11,16 +13,17 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from tierd.node.attributes import differ, pack_attributes
+from tierd.node.ledger import ATTRIBUTES, NODE, ROOT_ID, Ledger, NodeRecord
 from tierd.node.sources import Key, Moved, Version
 
 if TYPE_CHECKING:
     from tierd.node.handles import Handle
     from tierd.node.store import Copy
 
-ROOT_ID = 1
 _OTHER_NAMES_MAX = 64
 """Hard links remembered per inode beyond the latest name; the oldest is forgotten first, and found again by lookup."""
 _YOUNG_MAX = 1024
@@ -82,7 +85,8 @@ class InodeTable:
     exactly those of them that are not retired; no node has one name twice; following `parent` always ends.
     """
 
-    def __init__(self, root_key: Key) -> None:
+    def __init__(self, root_key: Key, ledger: Ledger | None = None) -> None:
+        self._ledger = ledger or Ledger()
         self.root = Node(ROOT_ID, root_key, None, b"")
         self._by_id: dict[int, Node] = {ROOT_ID: self.root}
         self._by_key: dict[Key, Node] = {root_key: self.root}
@@ -103,19 +107,42 @@ class InodeTable:
         """The live node of a source inode, if the kernel knows it."""
         return self._by_key.get(key)
 
-    def seen(self, parent: Node, name: bytes, key: Key) -> Node:
-        """The node that `name` in `parent` means now; one lookup is counted, as each reply with an entry does."""
+    def seen(self, parent: Node, name: bytes, key: Key, version: int | None = None) -> Node:
+        """The node that `name` in `parent` means now; one lookup is counted, as each reply with an entry does. It
+        stands for `version` if it is not known to stand for another."""
         node = self._by_key.get(key)
         if node is None:
             node = Node(self._next_id, key, parent, name)
             node.young_until = self._young.get(key, 0.0)
+            node.version = version
             self._next_id += 1
             self._by_id[node.id] = node
             self._by_key[key] = node
+            self._note(node)
         else:
             self.add_name(node, parent, name)
+            if node.version is None:
+                self.set_version(node, version)
         node.lookups += 1
         return node
+
+    def _note(self, node: Node) -> None:
+        names = tuple((parent.id, name) for parent, name in node.names())
+        device, inode = (0, node.key) if isinstance(node.key, int) else node.key
+        record = NodeRecord(node.id, (device, inode), node.version, node.retired, names)
+        self._ledger.append(NODE, record.pack())
+
+    def set_version(self, node: Node, version: int | None) -> None:
+        """The content that a node stands for."""
+        if node.version != version:
+            node.version = version
+            self._note(node)
+
+    def remember(self, node: Node, attributes: os.stat_result) -> None:
+        """What will be told of a node if its source does not answer."""
+        if node.attributes is None or differ(node.attributes, attributes):
+            self._ledger.append(ATTRIBUTES, pack_attributes(node.id, attributes))
+        node.attributes = attributes
 
     def named(self, parent: Node, name: bytes) -> Node | None:
         """The live node that a name meant last. Looks at all of them: for a source that does not answer."""
@@ -140,6 +167,7 @@ class InodeTable:
         That one is `young` until the time given, so that content which changes all the time settles.
         """
         node.retired = True
+        self._note(node)
         del self._by_key[node.key]
         self._young[node.key] = young_until
         self._young.move_to_end(node.key)
@@ -154,6 +182,7 @@ class InodeTable:
         if node.parent is not None and parent is not node:
             node.others = [*(node.others or ())[1 - _OTHER_NAMES_MAX :], (node.parent, node.name)]
         self._place(node, parent, name)
+        self._note(node)
 
     def _place(self, node: Node, parent: Node, name: bytes) -> None:
         """Make this the latest name.
@@ -167,10 +196,12 @@ class InodeTable:
             above = above.parent
         if above.parent is node:
             above.parent, above.name = None, b""
+            self._note(above)
         node.parent, node.name = parent, name
 
     def drop_name(self, node: Node, parent: Node, name: bytes) -> None:
         """`name` in `parent` no longer means `node`."""
+        before = node.parent, node.name, node.others
         if node.others:
             node.others = [other for other in node.others if other[0] is not parent or other[1] != name] or None
         if node.parent is parent and node.name == name:
@@ -181,6 +212,8 @@ class InodeTable:
                 self._place(node, *last)
             else:
                 node.parent, node.name = None, b""
+        if before != (node.parent, node.name, node.others):
+            self._note(node)
 
     def path(self, node: Node) -> bytes:
         """The latest path of a node, relative to the source. Raises Moved if none is known."""
@@ -191,6 +224,38 @@ class InodeTable:
             parts.append(node.name)
             node = node.parent
         return b"/".join(reversed(parts))
+
+    def inherit(
+        self, nodes: Mapping[int, NodeRecord], lookups: Mapping[int, int], young_until: float
+    ) -> dict[int, Node]:
+        """Take over the nodes of the daemon before this one, those included that are only open, or only named by
+        others; all by ID. What replaces a retired node is young until the time given."""
+        made = {ROOT_ID: self.root}
+        for record in nodes.values():
+            if record.node_id != ROOT_ID:
+                device, inode = record.key
+                made[record.node_id] = Node(record.node_id, (device, inode) if device else inode, None, b"")
+        for node_id, record in nodes.items():
+            self._inherit(made, made[node_id], record, lookups.get(node_id, 0), young_until)
+        return made
+
+    def _inherit(
+        self, made: Mapping[int, Node], node: Node, record: NodeRecord, lookups: int, young_until: float
+    ) -> None:
+        self._next_id = max(self._next_id, node.id + 1)
+        if node is self.root:
+            return
+        names = [(made[parent_id], name) for parent_id, name in record.names if parent_id in made]
+        if names:
+            node.parent, node.name = names[0]
+            node.others = names[:0:-1] or None
+        node.version, node.retired, node.lookups = record.version, record.retired, lookups
+        if lookups:
+            self._by_id[node.id] = node
+        if lookups and not node.retired:
+            self._by_key[node.key] = node
+        if node.retired:
+            self._young[node.key] = young_until
 
     def check(self) -> None:
         """Assert the invariants; for tests."""

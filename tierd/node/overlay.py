@@ -10,17 +10,22 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import trio
 
+from tierd.node.attributes import unlinked
+from tierd.node.estate import Said
 from tierd.node.files import PASSTHROUGH_BYTES_MIN, Files, owner_of, reads_copy
 from tierd.node.handles import DirHandle, FileHandle
-from tierd.node.inodes import ROOT_ID, Node
+from tierd.node.inodes import Node
+from tierd.node.ledger import HANDLE, ROOT_ID, HandleRecord
+from tierd.node.once import Inode
 from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, of_source
-from tierd.node.sources import ACL_NAMES, Change, Changes, Moved, Ref, unlinked
+from tierd.node.sources import ACL_NAMES, Change, Changes, Moved, Ref
 
 _READDIR_BATCH_MAX = 512
 _LABELS = b"security."
@@ -58,10 +63,16 @@ class Overlay(Files):
         """What may be asked for while the source is away: directories, and files that have a copy or may soon have."""
         wanted = stat.S_ISDIR(st.st_mode) or st.st_size >= PASSTHROUGH_BYTES_MIN
         if self._tier is not None and (wanted or self._tier.find(node.key) is not None):
-            node.attributes = st
+            self.inodes.remember(node, st)
+
+    def forget_all(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """The kernel forgot so many lookups of each node. Never raises."""
+        self.ledger.forgot(pairs)
+        for node_id, count in pairs:
+            self.forget(node_id, count)
 
     def forget(self, node_id: int, count: int) -> None:
-        """The kernel forgot `count` lookups. Never raises."""
+        """`count` lookups of a node fewer, which the kernel may never have been told of. Never raises."""
         with suppress(OSError):
             self._withdraw_if_last(self.inodes.get(node_id), count)
         node = self.inodes.forget(node_id, count)
@@ -91,16 +102,16 @@ class Overlay(Files):
         self._remember(node, st)
         return Entry(node_id, st)
 
-    async def setattr(self, node_id: int, changes: Changes, fh: int | None) -> Entry:
+    async def setattr(self, node_id: int, changes: Changes, fh: int | None, unique: int = 0) -> Entry:
         """chmod, chown, truncate and utimens in one."""
         node = self.inodes.get(node_id)
         handle = self.files.get(fh) if fh is not None else None
         if handle is None or not handle.writable:
-            change = await self._on_node(node, self.source.setattr, changes, None)
+            change = await self._on_node(node, self._setattr_blocking, changes, None, unique)
         else:
             with self._using(handle):
                 ref = Ref(handle.fd, None, node.key)
-                change = await self._run(self.source.setattr, ref, changes, handle.fd)
+                change = await self._run(self._setattr_blocking, ref, changes, handle.fd, unique)
         if changes.size is not None and reads_copy(node) and not node.retired:
             self._retire(node, young_until=trio.current_time() + YOUNG_SECONDS)  # its readers keep their bytes
         else:
@@ -108,49 +119,84 @@ class Overlay(Files):
         self._remember(node, change.after)
         return Entry(node_id, change.after)
 
+    def _setattr_blocking(self, ref: Ref, changes: Changes, fd: int | None, unique: int) -> Change:
+        if changes.size is None:
+            return self.source.setattr(ref, changes, fd)
+
+        def perform(truncating: bool) -> Change:
+            return self.source.setattr(ref, changes if truncating else replace(changes, size=None), fd)
+
+        return self.once.truncate(unique, changes.size, lambda: self.source.stat(ref), perform)
+
     async def readlink(self, node_id: int) -> bytes:
         """The target of a symbolic link."""
         return await self._on_node(self.inodes.get(node_id), self.source.readlink)
 
     async def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
         """Make a file, FIFO, socket or device node that belongs to the caller."""
-        return await self._make(parent_id, name, self.source.mknod, mode, rdev, owner_of(caller))
+        return await self._make(parent_id, name, caller, self.source.mknod, mode, rdev)
 
     async def mkdir(self, parent_id: int, name: bytes, mode: int, caller: Caller) -> Entry:
         """Make a directory that belongs to the caller."""
-        return await self._make(parent_id, name, self.source.mkdir, mode, owner_of(caller))
+        return await self._make(parent_id, name, caller, self.source.mkdir, mode)
 
     async def symlink(self, parent_id: int, name: bytes, target: bytes, caller: Caller) -> Entry:
         """Make a symbolic link that belongs to the caller."""
-        return await self._make(parent_id, name, self.source.symlink, target, owner_of(caller))
+        return await self._make(parent_id, name, caller, self.source.symlink, target)
 
-    async def _make(self, parent_id: int, name: bytes, function: Callable[..., os.stat_result], *args: Any) -> Entry:
+    async def _make(
+        self, parent_id: int, name: bytes, caller: Caller, function: Callable[..., os.stat_result], *args: Any
+    ) -> Entry:
+        def make(dir_fd: int) -> os.stat_result:
+            return self.once.make(
+                caller.unique,
+                lambda: self.source.lstat(dir_fd, name),
+                lambda: function(dir_fd, name, *args, owner_of(caller)),
+                lambda st: st,
+            )
+
         parent = self.inodes.get(parent_id)
         async with self.dirs.hold(parent) as dir_fd:
-            st = await self._run(function, dir_fd, name, *args)
+            st = await self._run(make, dir_fd)
         return self._seen(parent, name, st)
 
-    async def link(self, node_id: int, parent_id: int, name: bytes) -> Entry:
+    async def link(self, node_id: int, parent_id: int, name: bytes, unique: int = 0) -> Entry:
         """One more name for a node."""
         node, parent = self.inodes.get(node_id), self.inodes.get(parent_id)
+
+        def link(ref: Ref, dir_fd: int) -> Change:
+            return self.once.make(
+                unique,
+                lambda: self.source.stat(Ref(dir_fd, name, node.key)),
+                lambda: self.source.link(ref, dir_fd, name),
+                lambda st: Change(st, st),
+            )
+
         async with self.dirs.hold(parent) as dir_fd:
-            change = await self._on_node(node, self.source.link, dir_fd, name)
+            change = await self._on_node(node, link, dir_fd)
         self._carry(node, change)
         return self._seen(parent, name, change.after)
 
-    async def unlink(self, parent_id: int, name: bytes) -> None:
+    async def unlink(self, parent_id: int, name: bytes, unique: int = 0) -> None:
         """Remove a name; open descriptors keep the file."""
-        await self._remove(parent_id, name, self.source.unlink)
+        await self._remove(parent_id, name, self.source.unlink, unique)
 
-    async def rmdir(self, parent_id: int, name: bytes) -> None:
+    async def rmdir(self, parent_id: int, name: bytes, unique: int = 0) -> None:
         """Remove an empty directory."""
-        await self._remove(parent_id, name, self.source.rmdir)
+        await self._remove(parent_id, name, self.source.rmdir, unique)
 
-    async def _remove(self, parent_id: int, name: bytes, function: Callable[[int, bytes], Change]) -> None:
+    async def _remove(self, parent_id: int, name: bytes, function: Callable[..., Change], unique: int) -> None:
+        def remove(dir_fd: int) -> Change | Inode:
+            return self.once.remove(
+                unique,
+                lambda: self.source.lstat(dir_fd, name),
+                lambda about: function(dir_fd, name, about),
+            )
+
         parent = self.inodes.get(parent_id)
         async with self.dirs.hold(parent) as dir_fd:
-            change = await self._run(function, dir_fd, name)
-        node = self._changed(change)
+            done = await self._run(remove, dir_fd)
+        node = self._changed(done)
         if node is not None:
             self._withdraw(node)
             self.inodes.drop_name(node, parent, name)
@@ -161,18 +207,30 @@ class Overlay(Files):
         if node.parent is None and node.handles and of_source(node) is None and not node.retired:
             self._retire(node, young_until=0.0)
 
-    def _changed(self, change: Change) -> Node | None:
-        """The node of an inode that we changed ourselves, if the kernel knows it."""
+    def _changed(self, change: Change | Inode) -> Node | None:
+        """The node of an inode that we changed ourselves, now or before a restart, if the kernel knows it."""
+        if isinstance(change, Inode):
+            return self.inodes.by_key(change.key)
         node = self.inodes.by_key(self.source.key(change.before))
         if node is not None:
             self._carry(node, change)
         return node
 
-    async def rename(self, old_parent_id: int, old: bytes, new_parent_id: int, new: bytes, flags: int) -> None:
+    async def rename(
+        self, old_parent_id: int, old: bytes, new_parent_id: int, new: bytes, flags: int, unique: int = 0
+    ) -> None:
         """renameat2(2) with its flags, where the source supports them."""
         old_parent, new_parent = self.inodes.get(old_parent_id), self.inodes.get(new_parent_id)
+
+        def rename(old_fd: int, new_fd: int) -> tuple[Change | Inode, Change | Inode | None]:
+            return self.once.rename(
+                unique,
+                lambda: (self.source.lstat_many(old_fd, [old])[0], self.source.lstat_many(new_fd, [new])[0]),
+                lambda about: self.source.rename(old_fd, old, new_fd, new, flags, about),
+            )
+
         async with self.dirs.hold(old_parent) as old_fd, self.dirs.hold(new_parent) as new_fd:
-            moved, replaced = await self._run(self.source.rename, old_fd, old, new_fd, new, flags)
+            moved, replaced = await self._run(rename, old_fd, new_fd)
         node, other = self._changed(moved), self._changed(replaced) if replaced else None
         if node is not None and node is other:
             return
@@ -193,11 +251,12 @@ class Overlay(Files):
 
     async def opendir(self, node_id: int) -> int:
         """Open a directory for listing."""
-        node = self.inodes.get(node_id)
+        node, fh = self.inodes.get(node_id), self._fh()
         fd = await self._on_node(node, self.source.open_dir)
-        handle = DirHandle(self._fh(), node, fd)
-        self.listings[handle.fh] = handle
-        return handle.fh
+        self._holder.hold(fh, fd)
+        self.listings[fh] = DirHandle(fh, node, fd)
+        self.ledger.append(HANDLE, HandleRecord(fh, node.id, True, False, False, False, b"", None).pack())
+        return fh
 
     async def readdir(self, fh: int, start: int, reply: Callable[[bytes, os.stat_result, int, int], bool]) -> None:
         """Give entries from position `start` to `reply(name, attributes, node_id, next_position)` until it is full.
@@ -207,8 +266,9 @@ class Overlay(Files):
         only if they were asked for before it.
         """
         handle = self._listing(fh)
-        if start == 0:
-            handle.names = [b".", b"..", *await self._run(self.source.list_names, handle.fd)]
+        if start == 0 or not handle.names:
+            handle.names = [b".", b"..", *sorted(await self._run(self.source.list_names, handle.fd))]
+            self._catch_up(handle, start)
         position = start
         while position < len(handle.names):
             names = handle.names[position : position + handle.reply_size]
@@ -217,7 +277,20 @@ class Overlay(Files):
                 position += 1
                 if st is not None and not self._reply_entry(handle.node, name, st, position, reply):
                     handle.reply_size = max(8, min(_READDIR_BATCH_MAX, position - start + 1))
+                    self._told_up_to(handle, position - 1)
                     return
+        self._told_up_to(handle, position)
+
+    def _told_up_to(self, handle: DirHandle, position: int) -> None:
+        if position > 0:
+            self.ledger.listed(handle.fh, position, handle.names[position - 1])
+
+    def _catch_up(self, handle: DirHandle, start: int) -> None:
+        """A listing that another daemon began goes on after the name that it ended with, whatever came and went."""
+        last = handle.told.get(start)
+        if last is not None:
+            rest = [name for name in handle.names[2:] if name > last]
+            handle.names = [b""] * start + rest
 
     def _reply_entry(
         self,
@@ -237,8 +310,12 @@ class Overlay(Files):
         return False
 
     async def releasedir(self, fh: int) -> None:
-        """Close a listing."""
-        handle = self.listings.pop(fh)
+        """Close a listing. The daemon before this one may have been told to already."""
+        handle = self.listings.pop(fh, None)
+        if handle is None:
+            return
+        self.ledger.closed(fh)
+        self._holder.drop(fh)
         handle.leave()
         handle.closing = True
         if handle.uses == 0:
@@ -273,11 +350,17 @@ class Overlay(Files):
         node = self.inodes.get(node_id)
         self._carry(node, await self._on_node(node, self.source.setxattr, name, value))
 
-    async def removexattr(self, node_id: int, name: bytes) -> None:
+    async def removexattr(self, node_id: int, name: bytes, unique: int = 0) -> None:
         """Remove an extended attribute."""
         self._refuse_xattr(name)
         node = self.inodes.get(node_id)
-        self._carry(node, await self._on_node(node, self.source.removexattr, name))
+
+        def remove(ref: Ref) -> Change | None:
+            return self.once.unset(unique, lambda: self.source.removexattr(ref, name), lambda: None)
+
+        change = await self._on_node(node, remove)
+        if change is not None:
+            self._carry(node, change)
 
     def _refuse_xattr(self, name: bytes) -> None:
         """What needs no question to the source, because the kernel asks it before every write and `ls` for every file.
@@ -292,6 +375,12 @@ class Overlay(Files):
     async def statfs(self) -> os.statvfs_result:
         """Size and free space of the source."""
         return await self._run(self.source.statvfs)
+
+    async def take_back(self, said: Said) -> None:
+        """The kernel was never told of these lookups and this handle, and asks again."""
+        self.forget_all([(node_id, 1) for node_id in said.node_ids])
+        with suppress(OSError):
+            await (self.releasedir if said.fh in self.listings else self.release)(said.fh)
 
     def check(self) -> None:
         """Assert the invariants that the parts declare; for tests."""

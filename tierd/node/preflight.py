@@ -154,10 +154,11 @@ def detach(mountpoint: Path) -> None:
 
 
 class Cache(NamedTuple):
-    """Where the node tier lies, None for nowhere; and what the log shall say of that."""
+    """Where the node tier lies, None for nowhere; what the log shall say of that; and the descriptors of its locks."""
 
     directory: Path | None
     remarks: tuple[tuple[str, dict[str, str]], ...]
+    locks: list[int]
 
 
 @contextmanager
@@ -167,29 +168,29 @@ def exclusive_cache(settings: MountSettings) -> Iterator[Cache]:
     Raises UsageError for a directory that was named and is of no use; the default one is then left out with a remark.
     """
     if settings.cache_size == 0:
-        yield Cache(None, ())
+        yield Cache(None, (), [])
         return
     with ExitStack() as stack:
         try:
-            directory = stack.enter_context(_cache(settings))
+            directory, lock = stack.enter_context(_cache(settings))
         except UsageError as error:
             if settings.cache_dir is not None:
                 raise
-            yield Cache(None, (("no_node_tier", {"reason": str(error), "hint": error.hint}),))
+            yield Cache(None, (("no_node_tier", {"reason": str(error), "hint": error.hint}),), [])
             return
-        yield Cache(directory, _remarks(directory))
+        yield Cache(directory, _remarks(directory), [lock])
 
 
 @contextmanager
-def _cache(settings: MountSettings) -> Iterator[Path]:
+def _cache(settings: MountSettings) -> Iterator[tuple[Path, int]]:
     wanted = absolute(settings.cache_dir or default_cache_dir(settings.mountpoint))
     for place, what in ((settings.mountpoint, "mountpoint"), (settings.source, "source")):
         if wanted.is_relative_to(place):
             raise UsageError(f"cache directory {wanted} is below the {what} {place}", hint="choose a local disk")
     directory = private_dir(wanted, "cache directory")
-    with _lock(directory / "lock", f"cache directory {directory}"):
+    with _lock(directory / "lock", f"cache directory {directory}") as lock:
         _check_cache_space(directory, settings.free_space_ratio)
-        yield directory
+        yield directory, lock
 
 
 def _remarks(directory: Path) -> tuple[tuple[str, dict[str, str]], ...]:
@@ -219,15 +220,18 @@ def fstype_of(path: Path) -> str:
 
 
 @contextmanager
-def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[None]:
-    """Hold the locks of a state directory and of a mountpoint for the length of a `with`. Raises UsageError."""
+def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[list[int]]:
+    """Hold the locks of a state directory and of a mountpoint for the length of a `with`; their descriptors.
+
+    Raises UsageError.
+    """
     state = private_dir(state_dir, "state directory")
     own_runtime_base()
-    with _lock(state / "lock", f"state directory {state}"):
+    with _lock(state / "lock", f"state directory {state}") as state_lock:
         runtime = private_dir(runtime_dir(mountpoint), "runtime directory")
-        with _lock(lock_path(mountpoint), f"mountpoint {mountpoint}"):
+        with _lock(lock_path(mountpoint), f"mountpoint {mountpoint}") as mount_lock:
             try:
-                yield
+                yield [state_lock, mount_lock]
             finally:
                 lock_path(mountpoint).unlink()
                 with suppress(OSError):  # not empty: something of somebody else's
@@ -242,7 +246,7 @@ def _forget_if_unused(state: Path) -> None:
 
 
 @contextmanager
-def _lock(path: Path, what: str) -> Iterator[None]:
+def _lock(path: Path, what: str) -> Iterator[int]:
     file = _take_lock(path)
     if file is None:
         owner = path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
@@ -253,7 +257,7 @@ def _lock(path: Path, what: str) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield file.fileno()
 
 
 def _take_lock(path: Path) -> IO[str] | None:

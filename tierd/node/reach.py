@@ -21,6 +21,8 @@ import trio
 
 from tierd.node.handles import DirCache, Handle
 from tierd.node.inodes import InodeTable, Node, pack
+from tierd.node.ledger import Ledger
+from tierd.node.once import Once
 from tierd.node.sources import Change, Moved, PosixSource, Ref, version_of
 
 T = TypeVar("T")
@@ -38,11 +40,12 @@ once per open (open(2) fails with ESTALE the second time), so a file that change
 
 
 class Caller(NamedTuple):
-    """Who sent a request."""
+    """Who sent a request, and the unique number of one that must not be done twice (0: any other)."""
 
     uid: int
     gid: int
     pid: int
+    unique: int = 0
 
 
 class Entry(NamedTuple):
@@ -84,10 +87,14 @@ class Patience:
 class Reach:
     """See the module. `patience_s` is how long calls wait for the source if something else is known."""
 
-    def __init__(self, source: PosixSource, patience_s: float = math.inf) -> None:
+    def __init__(
+        self, source: PosixSource, patience_s: float = math.inf, ledger: Ledger | None = None, once: Once | None = None
+    ) -> None:
         self.source = source
         self.patience = Patience(patience_s)
-        self.inodes = InodeTable(source.key(os.fstat(source.root_fd)))
+        self.ledger = ledger or Ledger()
+        self.once = once or Once(self.ledger, source.key)
+        self.inodes = InodeTable(source.root_inode, self.ledger)
         self.metadata_limit = trio.CapacityLimiter(_METADATA_THREADS)
         self.data_limit = trio.CapacityLimiter(_DATA_THREADS)
         self.dirs = DirCache(source, self.inodes, self._run)
@@ -136,7 +143,7 @@ class Reach:
     def _carry(self, node: Node, change: Change) -> None:
         """Our own change is no reason to retire a node that was current before it."""
         if node.version == pack(version_of(change.before)):
-            node.version = pack(version_of(change.after))
+            self.inodes.set_version(node, pack(version_of(change.after)))
 
 
 def of_source(node: Node) -> Handle | None:

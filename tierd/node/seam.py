@@ -18,63 +18,58 @@ for the handle (before the reply to OPEN, after RELEASE), so the pumps need no l
 
 from __future__ import annotations
 
-import array
 import contextlib
-import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import queue
 import socket
 import struct
-import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 
-from tierd.errors import DaemonError
 from tierd.node.backings import Backings
+from tierd.node.device import RESEND, unmount
+from tierd.node.estate import Said
+from tierd.node.ledger import Ledger
+from tierd.node.messages import (
+    FOPEN_NOFLUSH,
+    FOPEN_PASSTHROUGH,
+    ID,
+    IN_HEADER,
+    INIT,
+    INTERRUPT,
+    LOOKUP,
+    ONCE,
+    OPEN,
+    OPEN_IN_FLAGS,
+    OPEN_OUT,
+    OUT_HEADER,
+    READ,
+    READ_BYTES_MAX,
+    READ_IN,
+    RELEASE,
+    RESENT,
+    TELLING,
+    finish_open,
+    handle_in,
+    invalidate,
+    offered,
+    set_limits,
+    set_pid,
+    told_by,
+    without_splice,
+)
 
 log = structlog.get_logger(__name__)
 
-MAX_BACKGROUND: Final = 1024
-"""Requests that the kernel may have outstanding without a caller waiting (read-ahead)."""
-READ_BYTES_MAX: Final = 1 << 20
-"""Largest READ the kernel sends: 256 pages."""
-
-_IN_HEADER = struct.Struct("=IIQQIIIHH")
-_OUT_HEADER = struct.Struct("=IiQ")
-_INIT_OUT = struct.Struct("=IIIIHHIIHHII")
-"""major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, max_pages,
-map_alignment, flags2, max_stack_depth"""
-_INIT_IN_FLAGS = struct.Struct("=II")
-_INIT_IN_FLAGS_AT = _IN_HEADER.size + 12
-_OPEN_OUT = struct.Struct("=QIi")
-"""fh, open_flags, backing_id"""
-_READ_IN = struct.Struct("=QQI")
-_INTERRUPT_IN = struct.Struct("=Q")
-_OPEN_IN_FLAGS = struct.Struct("=I")
-
-_INVAL_INODE = struct.Struct("=IiQQqq")
-
-_RELEASE_IN_FH = struct.Struct("=Q")
-_OP_LOOKUP, _OP_OPEN, _OP_READ, _OP_RELEASE, _OP_INIT, _OP_INTERRUPT = 1, 14, 15, 18, 26, 36
-_SHORT = frozenset({_OP_LOOKUP, _OP_OPEN, _OP_RELEASE})
-_NOTIFY_INVAL_INODE = 2
-_SPLICE_FLAGS = (1 << 7) | (1 << 8) | (1 << 9)
-"""libfuse would splice from its device, which a socket of packets does not allow."""
-_FOPEN_KEEP_CACHE, _FOPEN_NOFLUSH, _FOPEN_PASSTHROUGH = 1 << 1, 1 << 5, 1 << 7
-_ATOMIC_O_TRUNC = 1 << 3
-"""Not taken: without it the kernel truncates by SETATTR and takes setuid bits away as for any other writer."""
-_INIT_EXT = 1 << 30
-_INIT2_PASSTHROUGH = 1 << (37 - 32)
-_STACK_DEPTH = 2
-"""File systems that may lie below ours: the source may be on overlayfs, as a container's files are."""
-
+_SHORT = frozenset({LOOKUP, OPEN, RELEASE})
 _HEADER_ROOM = 4096
 _MESSAGE_BYTES_MAX = READ_BYTES_MAX + _HEADER_ROOM
 _SOCKET_BYTES = 8 * _MESSAGE_BYTES_MAX
@@ -82,6 +77,8 @@ _SIOCOUTQ = 0x5411
 _PUMPS_IN = 4
 """Threads that read the device. A request for a hot file is answered right there and may wait for the source; one of
 them never does."""
+_FIRST_TOKEN = 1 << 30
+"""Process IDs are smaller (PID_MAX_LIMIT is 2^22)."""
 _SHORT_SECONDS = 0.5
 """How long a pump may be at a request before that goes the long way."""
 _SOURCE_THREADS = 16
@@ -90,10 +87,6 @@ _LOCAL_THREADS = 8
 """For bytes of this node's own disk: they wait for no source."""
 _NOTICES_MAX = 10_000
 _NOBUFS_PAUSE_SECONDS = 0.001
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_MS_NOSUID, _MS_NODEV = 2, 4
-_MNT_DETACH = 2
 
 
 class Gate(Protocol):
@@ -144,57 +137,44 @@ class _Read(NamedTuple):
     size: int
 
 
-def open_device(mountpoint: Path, *, allow_other: bool) -> int:
-    """Mount and return the FUSE device: by mount(2) as root, else through fusermount3(1). Raises DaemonError."""
-    return _mount_as_root(mountpoint, allow_other) if os.geteuid() == 0 else _fusermount(mountpoint, allow_other)
+class Inheritance(NamedTuple):
+    """What the daemon before this one left to the seam: the kernel's INIT request, replies that may not have been
+    delivered, by unique, and requests that came when there was no daemon and need no answer."""
 
-
-def _mount_as_root(mountpoint: Path, allow_other: bool) -> int:
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    mode = mountpoint.stat().st_mode & 0o170000
-    options = f"fd={device},rootmode={mode:o},user_id=0,group_id=0,default_permissions"
-    options += ",allow_other" if allow_other else ""
-    target = os.fsencode(mountpoint)
-    if _libc.mount(b"tierd", target, b"fuse.tierd", _MS_NOSUID | _MS_NODEV, options.encode()) != 0:
-        number = ctypes.get_errno()
-        os.close(device)
-        raise DaemonError(f"cannot mount {mountpoint}: {os.strerror(number)}", hint="mounting needs CAP_SYS_ADMIN")
-    return device
-
-
-def _fusermount(mountpoint: Path, allow_other: bool) -> int:
-    """fusermount3 hands the device over the socket named by _FUSE_COMMFD (libfuse, lib/mount.c)."""
-    options = "default_permissions,fsname=tierd,subtype=tierd" + (",allow_other" if allow_other else "")
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        done = subprocess.run(
-            ["fusermount3", "-o", options, "--", str(mountpoint)],
-            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
-            pass_fds=(theirs.fileno(),),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            reason = " ".join(done.stderr.split())
-            raise DaemonError(f"cannot mount {mountpoint}: {reason}", hint="is fuse3 installed?")
-        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(array.array("i").itemsize))
-    device = array.array("i", ancillary[0][2])[0]
-    os.set_inheritable(device, False)
-    return device
+    init: bytes
+    doubtful: Mapping[int, Said]
+    missed: Sequence[bytes]
 
 
 class Seam:
     """See the module.
 
-    `ended` is called, from a pump, once the kernel has ended the connection (umount). `passthrough` says whether
-    to ask for it; `passthrough_agreed` is None until the kernel has sent INIT, then whether it offered it.
+    `ended` is called, from a pump, once the kernel has ended the connection (umount). `passthrough` and `resend` say
+    whether to ask for them; `passthrough_agreed` and `resend_agreed` are None until the kernel has sent INIT, then
+    whether it offered them. `undelivered` is told, from a pump, what a reply said that the kernel never got.
     """
 
     def __init__(
-        self, device: int, ended: Callable[[], None], *, passthrough: bool, short_way: ShortWay | None = None
+        self,
+        device: int,
+        ended: Callable[[], None],
+        *,
+        passthrough: bool,
+        resend: bool = True,
+        short_way: ShortWay | None = None,
+        ledger: Ledger | None = None,
+        undelivered: Callable[[Said], None] = lambda said: None,
     ) -> None:
         self.device = device
+        self._ledger = ledger or Ledger()
+        self._undelivered = undelivered
+        self._doubtful: dict[int, Said] = {}
+        self._callers: dict[int, tuple[int, int]] = {}
+        self._tokens = itertools.count()
+        self._awaited: dict[int, int] = {}
+        """Opcodes of forwarded requests whose replies tell the kernel of nodes or handles, by unique."""
+        self._resend = resend
+        self.resend_agreed: bool | None = None
         self._short_way = short_way
         self._short: dict[int, tuple[float, bytes]] = {}
         """Requests that pumps are at, by unique: since when, and the message."""
@@ -209,10 +189,11 @@ class Seam:
         self._targets: dict[int, ReadTarget] = {}
         self._passthrough = passthrough
         self.passthrough_agreed: bool | None = None
-        self.backings = Backings(device)
+        self.backings = Backings(device, self._ledger)
         self._backing_of_open: dict[int, int] = {}
         self._read_only_opens: set[int] = set()
         self._init_unique: int | None = None
+        self._replayed = False
         self._closed = False
         self._counting = threading.Lock()
         self._source_reads: _Reads = queue.SimpleQueue()
@@ -239,10 +220,25 @@ class Seam:
         """What libfuse is told to mount on."""
         return f"/dev/fd/{self.libfuse_fd}"
 
-    def start(self) -> None:
-        """Start the pumps."""
+    def start(self, left: Inheritance | None = None) -> None:
+        """Start the pumps; go on from where another daemon ended, if there was one.
+
+        libfuse gets the INIT of then first, and its answer goes nowhere: the kernel had one.
+        """
+        if left is not None:
+            self._doubtful.update(left.doubtful)
+            self._replayed = True
+            self._forward(memoryview(self._take_init(bytearray(left.init))))
+            for message in left.missed:
+                self._forward(memoryview(message))
         for thread in self._threads:
             thread.start()
+        if left is not None:
+            os.write(self.device, RESEND)
+
+    def caller_of(self, pid: int) -> tuple[int, int]:
+        """The process and the unique number of a request that came to pyfuse3 from process `pid`."""
+        return self._callers.pop(pid, (pid, 0))
 
     def queued_reads(self) -> int:
         """READs that wait for a thread."""
@@ -263,8 +259,7 @@ class Seam:
 
     def attributes_changed(self, node_id: int) -> None:
         """FUSE_NOTIFY_INVAL_INODE for the attributes alone. May block: not for the event loop or a pump."""
-        size = _INVAL_INODE.size
-        self._answer([memoryview(_INVAL_INODE.pack(size, _NOTIFY_INVAL_INODE, 0, node_id, -1, 0))])
+        self._answer([memoryview(invalidate(node_id, pages=False))])
 
     def drop_pages(self, node_id: int) -> None:
         """Have the kernel drop its cached pages of a node, some time soon and from a thread of its own."""
@@ -276,8 +271,7 @@ class Seam:
     def _notify(self) -> None:
         """FUSE_NOTIFY_INVAL_INODE waits for READs in work, so neither a pump nor the event loop may send it."""
         while (node_id := self._notices.get()) is not None:
-            size = _INVAL_INODE.size
-            self._answer([memoryview(_INVAL_INODE.pack(size, _NOTIFY_INVAL_INODE, 0, node_id, 0, 0))])
+            self._answer([memoryview(invalidate(node_id, pages=True))])
 
     def serve_reads(self, fh: int, target: ReadTarget) -> None:
         """From now on READs of handle `fh` are answered from `target`."""
@@ -309,10 +303,7 @@ class Seam:
         if self._closed:
             return
         self._closed = True
-        if os.geteuid() == 0:
-            _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH)
-        else:
-            subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], capture_output=True, check=False)
+        unmount(str(mountpoint))
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)
         for _ in range(_SOURCE_THREADS):
@@ -344,41 +335,65 @@ class Seam:
                 if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
                     continue
                 raise
-            if size < _IN_HEADER.size:  # no request: what the buffer holds is the one before
+            if size < IN_HEADER.size:  # no request: what the buffer holds is the one before
                 continue
-            _, opcode, unique, node_id, uid, _, pid, _, _ = _IN_HEADER.unpack_from(buffer)
-            if opcode == _OP_READ and self._queue_read(buffer, unique):
+            _, opcode, unique, node_id, uid, _, pid, _, _ = IN_HEADER.unpack_from(buffer)
+            if unique & RESENT:
+                self._take_back(unique)
+            if opcode == READ and self._queue_read(buffer, unique):
                 continue
             if opcode in _SHORT and self._answer_short(opcode, unique, node_id, uid, pid, view[:size]):
                 continue
-            if opcode == _OP_INIT:
-                self._init_unique = unique
-                flags, flags2 = _INIT_IN_FLAGS.unpack_from(buffer, _INIT_IN_FLAGS_AT)
-                self.passthrough_agreed = bool(self._passthrough and flags & _INIT_EXT and flags2 & _INIT2_PASSTHROUGH)
-                _INIT_IN_FLAGS.pack_into(buffer, _INIT_IN_FLAGS_AT, flags & ~_SPLICE_FLAGS, flags2)
-            elif opcode == _OP_OPEN:
-                self._note_request(buffer)
-            elif opcode == _OP_INTERRUPT:
-                self._interrupt(*_INTERRUPT_IN.unpack_from(buffer, _IN_HEADER.size))
+            if opcode == INIT:
+                self._take_init(buffer)
+                self._ledger.init(bytes(view[:size]))
+            elif opcode == INTERRUPT:
+                self._interrupt(*ID.unpack_from(buffer, IN_HEADER.size))
                 continue  # pyfuse3 has no use for it, and libfuse would keep those of our READs for ever
+            else:
+                self._note_request(view[:size], opcode, unique, pid)
             self._forward(view[:size])
 
-    def _note_request(self, message: bytes | bytearray) -> None:
-        """Remember which OPENs read only, for their replies."""
-        _, opcode, unique, *_ = _IN_HEADER.unpack_from(message)
-        if opcode == _OP_OPEN:
-            (flags,) = _OPEN_IN_FLAGS.unpack_from(message, _IN_HEADER.size)
+    def _take_init(self, init: bytearray) -> bytearray:
+        """Hear what the kernel offers; what libfuse shall hear of it."""
+        _, _, self._init_unique, *_ = IN_HEADER.unpack_from(init)
+        passthrough, resend = offered(init)
+        self.passthrough_agreed = self._passthrough and passthrough
+        self.resend_agreed = self._resend and resend
+        without_splice(init)
+        return init
+
+    def _take_back(self, unique: int) -> None:
+        """The kernel sends a request again: it never got the answer."""
+        said = self._doubtful.pop(unique & ~RESENT, None)
+        if said is not None:
+            self._undelivered(said)
+
+    def _note_request(self, message: memoryview, opcode: int, unique: int, pid: int) -> None:
+        """Remember what its reply, or its handler, will be asked for.
+
+        pyfuse3 does not tell handlers the unique number of a request, so that of one which must not be done twice
+        travels as the process it comes from.
+        """
+        if opcode in TELLING:
+            self._awaited[unique] = opcode
+        if opcode == OPEN:
+            (flags,) = OPEN_IN_FLAGS.unpack_from(message, IN_HEADER.size)
             if flags & os.O_ACCMODE == os.O_RDONLY:
                 self._read_only_opens.add(unique)
+        if opcode in ONCE:
+            token = _FIRST_TOKEN + next(self._tokens) % _FIRST_TOKEN
+            self._callers[token] = pid, unique
+            set_pid(message, token)
 
     def _answer_short(self, opcode: int, unique: int, node_id: int, uid: int, pid: int, message: memoryview) -> bool:
         """True if the request was answered here."""
         way = self._short_way
         if way is None:
             return False
-        body = message[_IN_HEADER.size :]
-        if opcode == _OP_RELEASE:
-            (fh,) = _RELEASE_IN_FH.unpack_from(body)
+        body = message[IN_HEADER.size :]
+        if opcode == RELEASE:
+            (fh,) = ID.unpack_from(body)
             answer = b"" if way.release(fh) else None
         elif not self._enter_short(unique, message):
             return False
@@ -391,7 +406,7 @@ class Seam:
                 return claimed
 
             try:
-                if opcode == _OP_LOOKUP:
+                if opcode == LOOKUP:
                     answer = way.lookup(node_id, bytes(body[:-1]), claim)
                 else:
                     answer = self._open_short(way, node_id, uid, pid, body, claim)
@@ -401,7 +416,10 @@ class Seam:
                 self._leave_short()
         if answer is None:
             return False
-        self._answer([memoryview(_OUT_HEADER.pack(_OUT_HEADER.size + len(answer), 0, unique) + answer)])
+        reply = memoryview(OUT_HEADER.pack(OUT_HEADER.size + len(answer), 0, unique) + answer)
+        if opcode in TELLING:
+            self._ledger.said(unique, *told_by(opcode, reply))
+        self._answer([reply])
         return True
 
     def _watch_short(self) -> None:
@@ -411,15 +429,16 @@ class Seam:
             late = time.monotonic() - _SHORT_SECONDS
             for unique, (since, message) in list(self._short.items()):
                 if since < late and self._short.pop(unique, None) is not None:
-                    self._note_request(message)
+                    _, opcode, _, _, _, _, pid, _, _ = IN_HEADER.unpack_from(message)
+                    self._note_request(memoryview(message), opcode, unique, pid)
                     self._forward(memoryview(message))
 
     def _open_short(
         self, way: ShortWay, node_id: int, uid: int, pid: int, body: memoryview, claim: Callable[[], bool]
     ) -> bytes | None:
-        (flags,) = _OPEN_IN_FLAGS.unpack_from(body)
+        (flags,) = OPEN_IN_FLAGS.unpack_from(body)
         opened = way.open(node_id, uid, pid, claim) if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY else None
-        return _OPEN_OUT.pack(opened[0], _FOPEN_PASSTHROUGH | _FOPEN_NOFLUSH, opened[1]) if opened else None
+        return OPEN_OUT.pack(opened[0], FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, opened[1]) if opened else None
 
     def _enter_short(self, unique: int, message: memoryview) -> bool:
         """One pump always stays free: the source may hang."""
@@ -446,7 +465,7 @@ class Seam:
             time.sleep(_NOBUFS_PAUSE_SECONDS)
 
     def _queue_read(self, buffer: bytearray, unique: int) -> bool:
-        fh, offset, size = _READ_IN.unpack_from(buffer, _IN_HEADER.size)
+        fh, offset, size = READ_IN.unpack_from(buffer, IN_HEADER.size)
         target = self._targets.get(fh)
         self.reads += 1
         if target is None:
@@ -473,7 +492,7 @@ class Seam:
     def _interrupt(self, unique: int) -> None:
         """Somebody gave up waiting: a READ that is parked is answered at once, others will be soon enough."""
         if self._parked.pop(unique, None) is not None:
-            self._answer([memoryview(_OUT_HEADER.pack(_OUT_HEADER.size, -errno.EINTR, unique))])
+            self._answer([memoryview(OUT_HEADER.pack(OUT_HEADER.size, -errno.EINTR, unique))])
 
     # --- libfuse to kernel ---
 
@@ -481,38 +500,21 @@ class Seam:
         buffer = bytearray(_MESSAGE_BYTES_MAX)
         view = memoryview(buffer)
         while size := self._ours.recv_into(buffer):
-            _, error, unique = _OUT_HEADER.unpack_from(buffer)
+            _, error, unique = OUT_HEADER.unpack_from(buffer)
             if unique in self._read_only_opens:
                 self._read_only_opens.discard(unique)
                 if error == 0:
-                    self._finish_open(buffer)
+                    finish_open(buffer, self._backing_of_open.pop(handle_in(buffer), 0))
             elif unique == self._init_unique and error == 0:
                 self._init_unique = None
-                self._set_limits(buffer)
+                if self._replayed:
+                    continue
+                agreed = {"passthrough": bool(self.passthrough_agreed), "resend": bool(self.resend_agreed)}
+                set_limits(buffer, self._room // 4, **agreed)
+            opcode = self._awaited.pop(unique, None)
+            if opcode is not None and error == 0:
+                self._ledger.said(unique, *told_by(opcode, view[:size]))
             self._answer([view[:size]])
-
-    def _finish_open(self, buffer: bytearray) -> None:
-        """Complete the reply to a read-only OPEN with what pyfuse3 cannot say."""
-        fh, flags, _ = _OPEN_OUT.unpack_from(buffer, _OUT_HEADER.size)
-        flags |= _FOPEN_NOFLUSH
-        backing_id = self._backing_of_open.pop(fh, 0)
-        if backing_id:
-            flags = (flags | _FOPEN_PASSTHROUGH) & ~_FOPEN_KEEP_CACHE
-        _OPEN_OUT.pack_into(buffer, _OUT_HEADER.size, fh, flags, backing_id)
-
-    def _set_limits(self, buffer: bytearray) -> None:
-        """Put our limits into the reply to INIT; a WRITE must fit into the socket with room to spare."""
-        page = os.sysconf("SC_PAGE_SIZE")
-        fields = list(_INIT_OUT.unpack_from(buffer, _OUT_HEADER.size))
-        fields[3] &= ~_ATOMIC_O_TRUNC
-        fields[4:6] = MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4
-        fields[6] = max(page, min(fields[6], READ_BYTES_MAX, self._room // 4) // page * page)
-        fields[8] = max(1, READ_BYTES_MAX // page)
-        if self.passthrough_agreed:
-            fields[3] |= _INIT_EXT
-            fields[10] |= _INIT2_PASSTHROUGH
-            fields[11] = _STACK_DEPTH
-        _INIT_OUT.pack_into(buffer, _OUT_HEADER.size, *fields)
 
     def _answer(self, parts: list[memoryview]) -> None:
         """Write one message to the device. ENOENT: the request was interrupted or aborted; nobody waits for it."""
@@ -525,20 +527,20 @@ class Seam:
     # --- reads ---
 
     def _serve_reads(self, requests: _Reads) -> None:
-        buffer = bytearray(_OUT_HEADER.size + READ_BYTES_MAX)
+        buffer = bytearray(OUT_HEADER.size + READ_BYTES_MAX)
         view = memoryview(buffer)
         while (request := requests.get()) is not None:
             unique, target, offset, size = request
             try:
-                have = _read_fully(target.fd, view[_OUT_HEADER.size : _OUT_HEADER.size + size], offset)
+                have = _read_fully(target.fd, view[OUT_HEADER.size : OUT_HEADER.size + size], offset)
             except OSError as error:
-                _OUT_HEADER.pack_into(buffer, 0, _OUT_HEADER.size, -(error.errno or errno.EIO), unique)
-                self._answer([view[: _OUT_HEADER.size]])
+                OUT_HEADER.pack_into(buffer, 0, OUT_HEADER.size, -(error.errno or errno.EIO), unique)
+                self._answer([view[: OUT_HEADER.size]])
                 continue
-            _OUT_HEADER.pack_into(buffer, 0, _OUT_HEADER.size + have, 0, unique)
+            OUT_HEADER.pack_into(buffer, 0, OUT_HEADER.size + have, 0, unique)
             with self._counting:
                 target.bytes_read += have
-            self._answer([view[: _OUT_HEADER.size + have]])
+            self._answer([view[: OUT_HEADER.size + have]])
 
 
 _Reads = queue.SimpleQueue[_Read | None]

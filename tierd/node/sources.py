@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tierd.errors import UsageError
+from tierd.node.attributes import stat_result
 from tierd.node.caller import acting_as
 from tierd.units import split
 
@@ -88,6 +89,10 @@ class Change(NamedTuple):
     after: os.stat_result
 
 
+About = Callable[[os.stat_result], None]
+"""Is told of an inode just before something is done to it."""
+
+
 class Creator(NamedTuple):
     """Whose a new file will be."""
 
@@ -120,22 +125,14 @@ def forced_stat(fd: int, name: bytes = b"") -> os.stat_result:
         blksize, nlink, uid, gid, mode, ino, size, blocks, atime_s, atime_ns, ctime_s, ctime_ns, mtime_s, mtime_ns,
         rdev_major, rdev_minor, dev_major, dev_minor,
     ) = _STATX.unpack(buffer)  # fmt: skip
-    times = {
-        "st_atime_ns": atime_s * 1_000_000_000 + atime_ns,
-        "st_mtime_ns": mtime_s * 1_000_000_000 + mtime_ns,
-        "st_ctime_ns": ctime_s * 1_000_000_000 + ctime_ns,
-        "st_blksize": blksize,
-        "st_blocks": blocks,
-        "st_rdev": os.makedev(rdev_major, rdev_minor),
-    }
-    device = os.makedev(dev_major, dev_minor)
-    return os.stat_result((mode, ino, device, nlink, uid, gid, size, atime_s, mtime_s, ctime_s), times)
+    return stat_result(
+        mode, ino, os.makedev(dev_major, dev_minor), nlink, uid, gid, size, _ns(atime_s, atime_ns),
+        _ns(mtime_s, mtime_ns), _ns(ctime_s, ctime_ns), blksize, blocks, os.makedev(rdev_major, rdev_minor),
+    )  # fmt: skip
 
 
-def unlinked(st: os.stat_result) -> os.stat_result:
-    """The attributes of an inode after its last name went."""
-    names = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
-    return os.stat_result((*st[:3], 0, *st[4:10]), {name: getattr(st, name) for name in names})
+def _ns(seconds: int, nanoseconds: int) -> int:
+    return seconds * 1_000_000_000 + nanoseconds
 
 
 def read_at(fd: int, size: int, offset: int) -> bytes:
@@ -169,30 +166,48 @@ def flush(fd: int) -> None:
     os.close(os.dup(fd))
 
 
+class Root(NamedTuple):
+    """The root of a source: a descriptor, its device and inode number, whether it keeps xattrs and POSIX ACLs."""
+
+    fd: int
+    device: int
+    inode: int
+    xattrs: bool
+    acls: bool
+
+
+def find_root(path: Path) -> Root:
+    """The root of the source at `path`. Raises UsageError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(
+            f"source {path}: {error.strerror}", hint="SOURCE must be a mounted directory tierd may read"
+        ) from None
+    st = os.fstat(fd)
+    return Root(fd, st.st_dev, st.st_ino, _keeps(fd, b"user.tierd.probe"), _keeps(fd, ACL_NAMES[0]))
+
+
+def _keeps(fd: int, attribute: bytes) -> bool:
+    try:
+        os.getxattr(f"/proc/self/fd/{fd}", attribute)
+    except OSError as error:
+        return error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS)
+    return True
+
+
 class PosixSource:
     """A directory tree, such as a JuiceFS mount. Holds one descriptor of its root for life.
 
     `xattrs` and `acls` say whether it keeps extended attributes and POSIX ACLs (JuiceFS by default keeps neither).
     """
 
-    def __init__(self, root: Path) -> None:
-        self.path = root
-        try:
-            self.root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UsageError(
-                f"source {root}: {error.strerror}", hint="SOURCE must be a mounted directory tierd may read"
-            ) from None
-        self._device = os.fstat(self.root_fd).st_dev
-        self.xattrs = self._keeps(b"user.tierd.probe")
-        self.acls = self._keeps(ACL_NAMES[0])
-
-    def _keeps(self, attribute: bytes) -> bool:
-        try:
-            os.getxattr(f"/proc/self/fd/{self.root_fd}", attribute)
-        except OSError as error:
-            return error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS)
-        return True
+    def __init__(self, path: Path, root: Root | None = None) -> None:
+        """`root` is what another process found of it (`find_root`): one that hangs cannot be asked."""
+        self.path = path
+        root = root or find_root(path)
+        self.root_fd, self._device, self.root_inode = root.fd, root.device, root.inode
+        self.xattrs, self.acls = root.xattrs, root.acls
 
     def close(self) -> None:
         """Give the root descriptor back."""
@@ -400,31 +415,43 @@ class PosixSource:
             os.symlink(target, name, dir_fd=dir_fd)
         return self.lstat(dir_fd, name)
 
-    def unlink(self, dir_fd: int, name: bytes) -> Change:
-        """Remove a name that is no directory."""
-        with self._observed(dir_fd, name) as seen:
+    def unlink(self, dir_fd: int, name: bytes, about: About = lambda st: None) -> Change:
+        """Remove a name that is no directory; `about` is told of what it is before."""
+        with self._observed(dir_fd, name) as (before, seen):
+            about(before)
             os.unlink(name, dir_fd=dir_fd)
             return seen()
 
-    def rmdir(self, dir_fd: int, name: bytes) -> Change:
-        """Remove an empty directory."""
+    def rmdir(self, dir_fd: int, name: bytes, about: About = lambda st: None) -> Change:
+        """Remove an empty directory; `about` is told of what it is before."""
         st = self.lstat(dir_fd, name)
+        about(st)
         os.rmdir(name, dir_fd=dir_fd)
         return Change(st, st)
 
-    def rename(self, old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> tuple[Change, Change | None]:
-        """renameat2(2); what became of what was at `old`, and of what stood at `new` before (None: nothing).
+    def rename(
+        self,
+        old_fd: int,
+        old: bytes,
+        new_fd: int,
+        new: bytes,
+        flags: int,
+        about: Callable[[os.stat_result, os.stat_result | None], None] = lambda moved, replaced: None,
+    ) -> tuple[Change, Change | None]:
+        """renameat2(2); what became of what was at `old`, and of what stood at `new` before (None: nothing). `about` is
+        told of both before.
 
         EINVAL where the source does not support a flag.
         """
         if flags not in _RENAMEAT2_FLAGS:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         with contextlib.ExitStack() as stack:
-            moved = stack.enter_context(self._observed(old_fd, old))
+            found, moved = stack.enter_context(self._observed(old_fd, old))
             try:
-                replaced = stack.enter_context(self._observed(new_fd, new))
+                stood, replaced = stack.enter_context(self._observed(new_fd, new))
             except FileNotFoundError:
-                replaced = None
+                stood, replaced = None, None
+            about(found, stood)
             if flags == 0:
                 os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)
             elif _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
@@ -433,12 +460,12 @@ class PosixSource:
             return moved(), replaced() if replaced is not None else None
 
     @contextlib.contextmanager
-    def _observed(self, dir_fd: int, name: bytes) -> Iterator[Callable[[], Change]]:
-        """Hold on to an inode while its name changes; the function yielded tells what became of it."""
+    def _observed(self, dir_fd: int, name: bytes) -> Iterator[tuple[os.stat_result, Callable[[], Change]]]:
+        """Hold on to an inode while its name changes; what it is now, and what to call to be told what became of it."""
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         try:
             before = os.fstat(fd)
-            yield lambda: Change(before, _stat_after(fd, before))
+            yield before, lambda: Change(before, _stat_after(fd, before))
         finally:
             os.close(fd)
 

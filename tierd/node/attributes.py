@@ -1,0 +1,56 @@
+"""Attributes of an inode, as stat(2) tells them: made from statx(2), written to a ledger, read back."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+_ATTRIBUTES = struct.Struct("=QIQQIIIQqqqQQQ")
+"""Node ID; mode, inode, device, links, owner, group, size; access, modification and change time in nanoseconds; block
+size, blocks, device number."""
+_NS = 1_000_000_000
+
+
+def stat_result(
+    mode: int, inode: int, device: int, nlink: int, uid: int, gid: int, size: int, atime_ns: int, mtime_ns: int,
+    ctime_ns: int, blksize: int, blocks: int, rdev: int,
+) -> os.stat_result:  # fmt: skip
+    """An os.stat_result that says this; times in nanoseconds since the epoch."""
+    seconds = (atime_ns // _NS, mtime_ns // _NS, ctime_ns // _NS)
+    more = {
+        "st_atime_ns": atime_ns,
+        "st_mtime_ns": mtime_ns,
+        "st_ctime_ns": ctime_ns,
+        "st_blksize": blksize,
+        "st_blocks": blocks,
+        "st_rdev": rdev,
+    }
+    fields = (mode, inode, device, nlink, uid, gid, size, *seconds)
+    return os.stat_result(fields, more)
+
+
+def unlinked(st: os.stat_result) -> os.stat_result:
+    """The attributes of an inode after its last name went."""
+    mode, inode, device, _, *rest = _fields(st)
+    return stat_result(mode, inode, device, 0, *rest)
+
+
+def differ(one: os.stat_result, other: os.stat_result) -> bool:
+    """They differ in more than the time of the last access."""
+    return (one[:7], one.st_mtime_ns, one.st_ctime_ns) != (other[:7], other.st_mtime_ns, other.st_ctime_ns)
+
+
+def pack_attributes(node_id: int, st: os.stat_result) -> bytes:
+    """The payload of an ATTRIBUTES record."""
+    return _ATTRIBUTES.pack(node_id, *_fields(st))
+
+
+def unpack_attributes(payload: bytes) -> os.stat_result:
+    """What `pack_attributes` packed, without the node."""
+    _, *fields = _ATTRIBUTES.unpack(payload)
+    return stat_result(*fields)
+
+
+def _fields(st: os.stat_result) -> tuple[int, ...]:
+    times = st.st_atime_ns, st.st_mtime_ns, st.st_ctime_ns
+    return (*st[:7], *times, st.st_blksize, st.st_blocks, st.st_rdev)

@@ -1,0 +1,85 @@
+"""Takes over what the daemon before this one left: nodes, handles, backings, leases, and what may not have been said.
+
+Done once, before the first request is read, on the trio thread and without a question to the source, which may hang.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import structlog
+import trio
+
+from tierd.node.attributes import unpack_attributes
+from tierd.node.backings import Backings
+from tierd.node.estate import Estate
+from tierd.node.handles import DirHandle, FileHandle
+from tierd.node.hot import FIRST_FH, HotFiles
+from tierd.node.inodes import Node
+from tierd.node.ledger import HandleRecord, NodeRecord
+from tierd.node.once import Intent
+from tierd.node.overlay import Overlay
+from tierd.node.packets import FIRST_HANDLE
+from tierd.node.reach import YOUNG_SECONDS
+from tierd.node.seam import ReadTarget
+from tierd.node.store import Copy
+
+log = structlog.get_logger(__name__)
+
+
+class Heir(NamedTuple):
+    """Who inherits. `held` are the descriptors that the keeper kept, by handle; `copies` those of the node tier, by the
+    names of their files; `let_go` tells the keeper that one is not needed."""
+
+    overlay: Overlay
+    hot: HotFiles
+    backings: Backings
+    held: Mapping[int, int]
+    copies: Mapping[str, Copy]
+    let_go: Callable[[int], None]
+
+
+def intents_of(estate: Estate) -> dict[int, Intent]:
+    """What is known of requests that may come again."""
+    return {unique: Intent(payload[8:], unique in estate.done) for unique, payload in estate.intents.items()}
+
+
+def inherit(heir: Heir, estate: Estate) -> None:
+    """Make the heir what the daemon was that wrote the ledger."""
+    known = {fh: HandleRecord.unpack(payload) for fh, payload in estate.handles.items()}
+    handles = {fh: record for fh, record in known.items() if fh in estate.given and record.node_id in estate.nodes}
+    handles |= {fh: record for fh, record in known.items() if fh in estate.given and record.node_id == 1}
+    for fh in known.keys() - handles.keys():
+        heir.overlay.ledger.closed(fh)  # the kernel was never told of it
+    estate.handles = {fh: estate.handles[fh] for fh in handles}
+    estate.drop_the_forgotten()
+    records = {node_id: NodeRecord.unpack(payload) for node_id, payload in estate.nodes.items()}
+    nodes = heir.overlay.inodes.inherit(records, estate.lookups, trio.current_time() + YOUNG_SECONDS)
+    for node_id, payload in estate.attributes.items():
+        nodes[node_id].attributes = unpack_attributes(payload)
+    users = Counter[int]()
+    for record in handles.values():
+        users[record.node_id] += record.backed
+        _inherit_handle(heir, record, nodes[record.node_id], estate)
+    heir.backings.inherit(estate.backings, users, estate.backing_max)
+    for fh in [fh for fh in heir.held if fh >= FIRST_HANDLE and fh not in handles]:
+        heir.let_go(fh)
+    heir.overlay.begin_handles_after(max((fh for fh in known if fh < FIRST_FH), default=0))
+    heir.hot.begin_handles_after(max((fh for fh in known if fh >= FIRST_FH), default=0))
+    log.info("took_over", nodes=len(nodes), handles=len(handles), backings=len(heir.backings))
+
+
+def _inherit_handle(heir: Heir, record: HandleRecord, node: Node, estate: Estate) -> None:
+    fd = heir.held.get(record.fh, -1)
+    if record.is_dir:
+        listing = DirHandle(record.fh, node, fd)
+        listing.told = estate.listed.get(record.fh, {})
+        heir.overlay.listings[record.fh] = listing
+        return
+    copy = heir.copies.get(record.copy.decode()) if record.copy else None
+    handle = FileHandle(record.fh, node, -1 if record.copy else fd, record.writable)
+    handle.target = ReadTarget(fd, local=bool(record.copy))
+    handle.copy, handle.backed, handle.dirty = copy, record.backed, record.dirty
+    heir.overlay.inherit_handle(handle, record.model)

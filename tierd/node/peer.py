@@ -1,0 +1,63 @@
+"""A daemon as its keeper sees it, and when to start the next one. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from contextlib import suppress
+from typing import Final
+
+from tierd.node.packets import send
+
+BEAT_SECONDS: Final = 20.0
+"""A daemon that says nothing for so long hangs."""
+QUICK_SECONDS: Final = 1.0
+QUICK_DEATHS_MAX: Final = 6
+_BACK_OFF_SECONDS = 0.2
+
+
+class Peer:
+    """A connected daemon. `leave_by` is when it must have left, `code` how it said it ends; times are monotonic."""
+
+    def __init__(self, sock: socket.socket, pid: int = 0, ready_at: float = 0.0) -> None:
+        self.sock, self.pid, self.ready_at, self.heard = sock, pid, ready_at, time.monotonic()
+        self.leave_by: float | None = None
+        self.code: int | None = None
+
+    def dead(self, now: float) -> bool:
+        """It has ended, or is as good as dead: a thread that waits for a source that hangs cannot even be killed."""
+        if now - self.heard > BEAT_SECONDS or (self.leave_by is not None and now > self.leave_by):
+            return True
+        with suppress(OSError), open(f"/proc/{self.pid}/stat", "rb") as file:
+            return self.pid > 0 and file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+        return False  # not in sight; its socket will tell
+
+    def tell(self, message: bytes) -> None:
+        """Send it something; that it is gone is seen elsewhere."""
+        with suppress(OSError):
+            send(self.sock, message)
+
+    def kill(self) -> None:
+        """Make sure that it does nothing any more, as far as that can be had."""
+        if self.pid > 0:
+            with suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+class Succession:
+    """How long to wait before the next start: not at all, longer and longer after quick deaths in a row."""
+
+    def __init__(self) -> None:
+        self.quick_deaths = 0
+
+    def died(self, served_seconds: float) -> float:
+        """Seconds to wait; `served_seconds` is how long the daemon had been ready, 0 if it never was."""
+        self.quick_deaths = self.quick_deaths + 1 if served_seconds < QUICK_SECONDS else 0
+        return _BACK_OFF_SECONDS * 2.0 ** (self.quick_deaths - 2) if self.quick_deaths > 1 else 0.0
+
+    @property
+    def hopeless(self) -> bool:
+        """They die so quickly that somebody else should answer meanwhile."""
+        return self.quick_deaths >= QUICK_DEATHS_MAX
