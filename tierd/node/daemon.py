@@ -222,7 +222,11 @@ class Daemon:
             return None
         held = self._keeping.held
         copies = {copy.name: copy for copy in self.tier.store.copies()} if self.tier else {}
-        inherit(Heir(self.overlay, self.hot, self.seam.backings, held, copies, self._keeping.drop), left)
+        inherit(
+            Heir(self.overlay, self.hot, self.seam.backings, held, copies, self._keeping.drop),
+            left,
+            self._keeping.restarts,
+        )
         missed = standin.missed(held[MISSED]) if MISSED in held else []
         return Inheritance(left.init, left.doubtful, missed)
 
@@ -380,6 +384,7 @@ class Daemon:
                 "nodes_retired": self.overlay.retired,
                 "backings_refused": self.seam.backings.refused,
                 "reads": self.seam.reads,
+                "resent": self.seam.resent,
                 "short_lookups": self.hot.lookups,
                 "short_opens": self.hot.opens,
                 "notices_dropped": self.seam.notices_dropped,

@@ -33,6 +33,7 @@ from tierd.node.ledger import (
     ROOT_ID,
     SAID,
     SAID_HEAD,
+    UNSAID,
     Ledger,
     NodeRecord,
     records,
@@ -92,8 +93,15 @@ class Estate:
             self.given.add(fh)
         if unique:
             self.doubtful[unique] = Said(ids, fh)
+            self.doubtful.move_to_end(unique)
         if len(self.doubtful) > DOUBTFUL_MAX:
             self.doubtful.popitem(last=False)
+
+    def _unsaid(self, payload: bytes) -> None:
+        said = self.doubtful.pop(ID.unpack(payload)[0], None)
+        if said is not None:
+            self._forgot(b"".join(PAIR.pack(node_id, 1) for node_id in said.node_ids))
+            self.given.discard(said.fh)
 
     def _forgot(self, payload: bytes) -> None:
         for node_id, count in PAIR.iter_unpack(payload):
@@ -197,6 +205,7 @@ _TAKERS = {
     ATTRIBUTES: Estate._attributes,
     SAID: Estate._said,
     FORGOT: Estate._forgot,
+    UNSAID: Estate._unsaid,
     HANDLE: Estate._handle,
     CLOSED: Estate._closed,
     BACKING: Estate._backing,

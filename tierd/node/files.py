@@ -476,9 +476,10 @@ class Files(Reach):
             with suppress(Moved):
                 handle.recorded_path = self.inodes.path(node)
 
-    def begin_handles_after(self, fh: int) -> None:
-        """Give out higher handles than the daemon before this one did."""
-        self._next_fh = max(self._next_fh, fh)
+    def number_from(self, first: int) -> None:
+        """Give out no node ID and no handle that a daemon before this one did."""
+        self._next_fh += first
+        self.inodes.number_from(first)
 
     def _register(self, handle: FileHandle, model: bytes | None) -> None:
         self.files[handle.fh] = handle

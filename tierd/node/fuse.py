@@ -118,7 +118,8 @@ class FuseOperations(pyfuse3.Operations):
         return self._entry(await self.overlay.lookup(parent_inode, name))
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        self.overlay.forget_all(inode_list)
+        for node_id, count in inode_list:
+            self.overlay.forget(node_id, count)
 
     @handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:

@@ -16,7 +16,7 @@ from tierd.node.attributes import unpack_attributes
 from tierd.node.backings import Backings
 from tierd.node.estate import Estate
 from tierd.node.handles import DirHandle, FileHandle
-from tierd.node.hot import FIRST_FH, HotFiles
+from tierd.node.hot import HotFiles
 from tierd.node.inodes import Node
 from tierd.node.ledger import HandleRecord, NodeRecord
 from tierd.node.once import Intent
@@ -25,6 +25,9 @@ from tierd.node.packets import FIRST_HANDLE
 from tierd.node.reach import YOUNG_SECONDS
 from tierd.node.seam import ReadTarget
 from tierd.node.store import Copy
+
+_GENERATION_BITS = 32
+"""How many nodes, and how many handles, a daemon may make."""
 
 log = structlog.get_logger(__name__)
 
@@ -46,8 +49,10 @@ def intents_of(estate: Estate) -> dict[int, Intent]:
     return {unique: Intent(payload[8:], unique in estate.done) for unique, payload in estate.intents.items()}
 
 
-def inherit(heir: Heir, estate: Estate) -> None:
-    """Make the heir what the daemon was that wrote the ledger."""
+def inherit(heir: Heir, estate: Estate, generation: int) -> None:
+    """Make the heir what the daemon was that wrote the ledger. What it numbers itself has numbers of its generation."""
+    heir.overlay.number_from(generation << _GENERATION_BITS)
+    heir.hot.number_from(generation << _GENERATION_BITS)
     known = {fh: HandleRecord.unpack(payload) for fh, payload in estate.handles.items()}
     handles = {fh: record for fh, record in known.items() if fh in estate.given and record.node_id in estate.nodes}
     handles |= {fh: record for fh, record in known.items() if fh in estate.given and record.node_id == 1}
@@ -66,8 +71,6 @@ def inherit(heir: Heir, estate: Estate) -> None:
     heir.backings.inherit(estate.backings, users, estate.backing_max)
     for fh in [fh for fh in heir.held if fh >= FIRST_HANDLE and fh not in handles]:
         heir.let_go(fh)
-    heir.overlay.begin_handles_after(max((fh for fh in known if fh < FIRST_FH), default=0))
-    heir.hot.begin_handles_after(max((fh for fh in known if fh >= FIRST_FH), default=0))
     log.info("took_over", nodes=len(nodes), handles=len(handles), backings=len(heir.backings))
 
 

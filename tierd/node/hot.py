@@ -173,9 +173,9 @@ class HotFiles:
         with self._lock:
             return [node_id for node_id, hot in self._files.items() if hot.copy is copy]
 
-    def begin_handles_after(self, fh: int) -> None:
-        """Give out higher handles than the daemon before this one did."""
-        self._next_fh = max(self._next_fh, fh)
+    def number_from(self, first: int) -> None:
+        """Give out no handle that a daemon before this one did."""
+        self._next_fh += first
 
     def take_events(self) -> list[Event]:
         """What was answered since the last call, in order."""

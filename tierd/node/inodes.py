@@ -225,6 +225,10 @@ class InodeTable:
             node = node.parent
         return b"/".join(reversed(parts))
 
+    def number_from(self, first: int) -> None:
+        """Give out no node ID that a daemon before this one did."""
+        self._next_id += first
+
     def inherit(
         self, nodes: Mapping[int, NodeRecord], lookups: Mapping[int, int], young_until: float
     ) -> dict[int, Node]:
@@ -242,7 +246,6 @@ class InodeTable:
     def _inherit(
         self, made: Mapping[int, Node], node: Node, record: NodeRecord, lookups: int, young_until: float
     ) -> None:
-        self._next_id = max(self._next_id, node.id + 1)
         if node is self.root:
             return
         names = [(made[parent_id], name) for parent_id, name in record.names if parent_id in made]

@@ -246,6 +246,8 @@ class Keeper:
 
 def main(argument: str) -> NoReturn:
     """Keep what the argument says (see `state_from`)."""
+    with suppress(OSError):  # as the daemon, whose files it is to hold before the daemon may die
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
     state = state_from(argument)
     for fd in descriptors(state):
         os.set_inheritable(fd, False)

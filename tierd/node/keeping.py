@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from tierd.node.ledger import Ledger
 log = structlog.get_logger(__name__)
 
 _BEAT_SECONDS = 2.0
+_UNDROPPED_MAX = 100_000
 _LEDGER_BYTES_MAX = 32 << 20
 """A longer ledger is compacted, if it says more than twice what it must."""
 _COMPACT_CHECK_SECONDS = 5.0
@@ -34,6 +36,7 @@ class Keeping:
         self.held: dict[int, int] = {}
         self.keeper_pid: int | None = None
         self.restarts = 0
+        self._undropped: deque[int] = deque(maxlen=_UNDROPPED_MAX)
         self.missed_sends = 0
         """Descriptors that the keeper could not be given: their files may not outlive this daemon."""
 
@@ -76,7 +79,12 @@ class Keeping:
 
     def drop(self, key: int) -> None:
         """It is not needed any longer."""
-        self._send(b"d%d" % key)
+        if not self._send(b"d%d" % key):
+            self._undropped.append(key)
+
+    def _drop_again(self) -> None:
+        for _ in range(len(self._undropped)):
+            self.drop(self._undropped.popleft())
 
     def keep_ledger(self, fd: int) -> None:
         """This is the ledger from now on."""
@@ -111,6 +119,7 @@ class Keeping:
     async def _beat(self) -> None:
         while True:
             self._send(b"b")
+            self._drop_again()
             await trio.sleep(_BEAT_SECONDS)
 
     async def compact(self, ledger: Ledger) -> None:

@@ -27,7 +27,7 @@ _HEADER = struct.Struct("=I")
 """Length of the payload << 8 | kind; 0 is the end of the log."""
 IDS_MAX = 8192
 
-INIT, NODE, ATTRIBUTES, SAID, FORGOT, HANDLE, CLOSED, BACKING, INTENT, DONE, LISTED, COUNT, _SKIP = range(1, 14)
+INIT, NODE, ATTRIBUTES, SAID, FORGOT, HANDLE, CLOSED, BACKING, INTENT, DONE, LISTED, COUNT, UNSAID, _SKIP = range(1, 15)
 
 ID = struct.Struct("=Q")
 PAIR = struct.Struct("=QQ")
@@ -38,6 +38,8 @@ SAID_HEAD = struct.Struct("=QQ")
 
 
 ROOT_ID: Final = 1
+RESENT: Final = 1 << 63
+"""Set in the unique number of a request that the kernel sends again; nothing here is told under such a number."""
 
 
 class NodeRecord(NamedTuple):
@@ -147,7 +149,10 @@ class Ledger:
             self._mapping = mmap.mmap(self.fd, WINDOW_BYTES, offset=self._window * WINDOW_BYTES)
         except (OSError, ValueError):
             self.lost = True
-        return not self.lost
+            return False
+        # A record that a kill cut short has no header, but what there is of it must not be taken for one.
+        self._mapping[self._at :] = bytes(WINDOW_BYTES - self._at)
+        return True
 
     @property
     def end(self) -> int:
@@ -186,7 +191,11 @@ class Ledger:
     def said(self, unique: int, node_ids: Iterable[int], fh: int = 0) -> None:
         """The reply to `unique` is about to give the kernel a lookup of each node, and a handle."""
         ids = list(node_ids)
-        self.append(SAID, SAID_HEAD.pack(unique, fh) + struct.pack(f"={len(ids)}Q", *ids))
+        self.append(SAID, SAID_HEAD.pack(unique & ~RESENT, fh) + struct.pack(f"={len(ids)}Q", *ids))
+
+    def unsaid(self, unique: int) -> None:
+        """The reply to `unique` was not delivered: the kernel sends the request again."""
+        self.append(UNSAID, ID.pack(unique & ~RESENT))
 
     def forgot(self, pairs: Iterable[tuple[int, int]]) -> None:
         """The kernel gave back lookups: node IDs and counts."""
@@ -205,11 +214,11 @@ class Ledger:
 
     def intent(self, unique: int, before: bytes) -> None:
         """A request that must not be done twice is about to be done; `before` says what it found."""
-        self.append(INTENT, ID.pack(unique) + before)
+        self.append(INTENT, ID.pack(unique & ~RESENT) + before)
 
     def done(self, unique: int) -> None:
         """It was done."""
-        self.append(DONE, ID.pack(unique))
+        self.append(DONE, ID.pack(unique & ~RESENT))
 
     def listed(self, fh: int, position: int, name: bytes) -> None:
         """A listing was told up to `position`, after entry `name`."""

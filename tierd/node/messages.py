@@ -25,18 +25,18 @@ _INVAL_INODE = struct.Struct("=IiQQqq")
 _PID = struct.Struct("=I")
 _PID_AT = 32
 _DIRENT = struct.Struct("=QQII")
+_BATCH_FORGET_IN = struct.Struct("=II")
+_FORGET_ONE = struct.Struct("=QQ")
 _ENTRY_BYTES = 128
 
-LOOKUP, SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, READ, RELEASE = (
-    1, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 18,
+LOOKUP, FORGET, SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, READ, RELEASE = (
+    1, 2, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 18,
 )  # fmt: skip
-REMOVEXATTR, INIT, OPENDIR, CREATE, INTERRUPT, READDIRPLUS, RENAME2 = 24, 26, 27, 35, 36, 44, 45
+REMOVEXATTR, INIT, OPENDIR, CREATE, INTERRUPT, BATCH_FORGET, READDIRPLUS, RENAME2 = 24, 26, 27, 35, 36, 42, 44, 45
 ONCE: Final = frozenset({SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, REMOVEXATTR, CREATE, RENAME2})
 """Requests that must not take effect twice."""
 TELLING: Final = frozenset({LOOKUP, SYMLINK, MKNOD, MKDIR, LINK, OPEN, OPENDIR, CREATE, READDIRPLUS})
 """Requests whose replies tell the kernel of nodes or handles."""
-RESENT: Final = 1 << 63
-"""Set in the unique number of a request that the kernel sends again."""
 
 FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH = 1 << 1, 1 << 5, 1 << 7
 MAX_BACKGROUND: Final = 1024
@@ -123,6 +123,13 @@ def _entries(body: memoryview) -> list[int]:
             found.append(node_id)
         at += (length + 7) // 8 * 8
     return found
+
+
+def forgotten(opcode: int, request: memoryview) -> list[tuple[int, int]]:
+    """The nodes, and how many lookups of each, that a FORGET or BATCH_FORGET gives back."""
+    if opcode == FORGET:
+        return [(IN_HEADER.unpack_from(request)[3], ID.unpack_from(request, IN_HEADER.size)[0])]
+    return list(_FORGET_ONE.iter_unpack(request[IN_HEADER.size + _BATCH_FORGET_IN.size :]))
 
 
 def set_pid(request: memoryview, pid: int) -> None:

@@ -16,8 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
-from tierd.node.ledger import Ledger
-from tierd.node.messages import RESENT
+from tierd.node.ledger import RESENT, Ledger
 from tierd.node.sources import Key, Version, version_of
 
 T = TypeVar("T")
@@ -63,11 +62,11 @@ class Once:
 
     def _intend(self, unique: int, before: bytes) -> None:
         if unique:
-            self._ledger.intent(unique & ~RESENT, before)
+            self._ledger.intent(unique, before)
 
     def _done(self, unique: int) -> None:
         if unique:
-            self._ledger.done(unique & ~RESENT)
+            self._ledger.done(unique)
 
     def make(
         self,
@@ -107,6 +106,7 @@ class Once:
         except FileNotFoundError:
             if left is not None:  # a thread of the dead daemon was still at it
                 return _unpack(left.before)
+
             raise
         self._done(unique)
         return result

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -65,14 +65,8 @@ class Overlay(Files):
         if self._tier is not None and (wanted or self._tier.find(node.key) is not None):
             self.inodes.remember(node, st)
 
-    def forget_all(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """The kernel forgot so many lookups of each node. Never raises."""
-        self.ledger.forgot(pairs)
-        for node_id, count in pairs:
-            self.forget(node_id, count)
-
     def forget(self, node_id: int, count: int) -> None:
-        """`count` lookups of a node fewer, which the kernel may never have been told of. Never raises."""
+        """The kernel forgot `count` lookups, or was never told of them. Never raises. (The seam writes it down.)"""
         with suppress(OSError):
             self._withdraw_if_last(self.inodes.get(node_id), count)
         node = self.inodes.forget(node_id, count)
@@ -378,7 +372,8 @@ class Overlay(Files):
 
     async def take_back(self, said: Said) -> None:
         """The kernel was never told of these lookups and this handle, and asks again."""
-        self.forget_all([(node_id, 1) for node_id in said.node_ids])
+        for node_id in said.node_ids:
+            self.forget(node_id, 1)
         with suppress(OSError):
             await (self.releasedir if said.fh in self.listings else self.release)(said.fh)
 

@@ -34,9 +34,24 @@ _FDS_MAX = 200
 """SCM_MAX_FD is 253."""
 
 
+_BUFFER_BYTES = 4 << 20
+_SO_SNDBUFFORCE = 32
+
+
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets of packets."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """Two connected sockets of packets, with room for many: a daemon opens files faster than its keeper listens."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for sock in (ours, theirs):
+        widen(sock)
+    return ours, theirs
+
+
+def widen(sock: socket.socket) -> None:
+    """Make room for what is not read at once: past the system's limit as root, up to it else."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
 
 
 def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:

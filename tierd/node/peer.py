@@ -13,6 +13,8 @@ from tierd.node.packets import send
 
 BEAT_SECONDS: Final = 20.0
 """A daemon that says nothing for so long hangs."""
+DYING_SECONDS: Final = 1.0
+"""How long the threads of a killed daemon may take to end."""
 QUICK_SECONDS: Final = 1.0
 QUICK_DEATHS_MAX: Final = 6
 _BACK_OFF_SECONDS = 0.2
@@ -27,12 +29,20 @@ class Peer:
         self.code: int | None = None
 
     def dead(self, now: float) -> bool:
-        """It has ended, or is as good as dead: a thread that waits for a source that hangs cannot even be killed."""
-        if now - self.heard > BEAT_SECONDS or (self.leave_by is not None and now > self.leave_by):
-            return True
+        """It is as good as dead. (That it has ended its socket tells, once its last thread is gone.)
+
+        A thread that waits for a source that hangs cannot even be killed. But one that was killed in the middle of a
+        call ends that first, and its successor must not begin before: so it is given a moment.
+        """
+        if self.leave_by is None and self._killed():
+            self.leave_by = now + DYING_SECONDS
+        return now - self.heard > BEAT_SECONDS or (self.leave_by is not None and now > self.leave_by)
+
+    def _killed(self) -> bool:
+        """Its first thread has ended."""
         with suppress(OSError), open(f"/proc/{self.pid}/stat", "rb") as file:
             return self.pid > 0 and file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-        return False  # not in sight; its socket will tell
+        return False  # not in sight
 
     def tell(self, message: bytes) -> None:
         """Send it something; that it is gone is seen elsewhere."""

@@ -37,10 +37,12 @@ import structlog
 from tierd.node.backings import Backings
 from tierd.node.device import RESEND, unmount
 from tierd.node.estate import Said
-from tierd.node.ledger import Ledger
+from tierd.node.ledger import RESENT, Ledger
 from tierd.node.messages import (
+    BATCH_FORGET,
     FOPEN_NOFLUSH,
     FOPEN_PASSTHROUGH,
+    FORGET,
     ID,
     IN_HEADER,
     INIT,
@@ -55,9 +57,9 @@ from tierd.node.messages import (
     READ_BYTES_MAX,
     READ_IN,
     RELEASE,
-    RESENT,
     TELLING,
     finish_open,
+    forgotten,
     handle_in,
     invalidate,
     offered,
@@ -194,6 +196,8 @@ class Seam:
         self._read_only_opens: set[int] = set()
         self._init_unique: int | None = None
         self._replayed = False
+        self.resent = 0
+        """Requests that the kernel sent again, because a daemon before this one did not answer them."""
         self._closed = False
         self._counting = threading.Lock()
         self._source_reads: _Reads = queue.SimpleQueue()
@@ -231,10 +235,9 @@ class Seam:
             self._forward(memoryview(self._take_init(bytearray(left.init))))
             for message in left.missed:
                 self._forward(memoryview(message))
+            os.write(self.device, RESEND)  # first of all: it would resend what was already read here, too
         for thread in self._threads:
             thread.start()
-        if left is not None:
-            os.write(self.device, RESEND)
 
     def caller_of(self, pid: int) -> tuple[int, int]:
         """The process and the unique number of a request that came to pyfuse3 from process `pid`."""
@@ -326,7 +329,8 @@ class Seam:
     # --- kernel to libfuse ---
 
     def _pump_in(self) -> None:
-        buffer = bytearray(_MESSAGE_BYTES_MAX)
+        # Written to, so that it is there: a kill while the kernel has to fault it in would fail the request.
+        buffer = bytearray(b"\1") * _MESSAGE_BYTES_MAX
         view = memoryview(buffer)
         while True:
             try:
@@ -350,6 +354,8 @@ class Seam:
             elif opcode == INTERRUPT:
                 self._interrupt(*ID.unpack_from(buffer, IN_HEADER.size))
                 continue  # pyfuse3 has no use for it, and libfuse would keep those of our READs for ever
+            elif opcode in (FORGET, BATCH_FORGET):  # at once: the kernel never says it again
+                self._ledger.forgot(forgotten(opcode, view[:size]))
             else:
                 self._note_request(view[:size], opcode, unique, pid)
             self._forward(view[:size])
@@ -365,8 +371,10 @@ class Seam:
 
     def _take_back(self, unique: int) -> None:
         """The kernel sends a request again: it never got the answer."""
+        self.resent += 1
         said = self._doubtful.pop(unique & ~RESENT, None)
         if said is not None:
+            self._ledger.unsaid(unique)
             self._undelivered(said)
 
     def _note_request(self, message: memoryview, opcode: int, unique: int, pid: int) -> None:

@@ -371,7 +371,11 @@ class PosixSource:
         return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
 
     def list_names(self, dir_fd: int) -> list[bytes]:
-        """All names in a directory, without `.` and `..`."""
+        """All names in a directory, without `.` and `..`.
+
+        The position of a descriptor is shared with its duplicates, and whoever died while it listed left it anywhere.
+        """
+        os.lseek(dir_fd, 0, os.SEEK_SET)
         return [os.fsencode(name) for name in os.listdir(dir_fd)]
 
     def lstat_many(self, dir_fd: int, names: list[bytes]) -> list[os.stat_result | None]:
