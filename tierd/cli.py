@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tierd import __version__, background, client, log
+from tierd import __version__, background, cli_keeper, client, log
 from tierd.cli_tier import add_commands
 from tierd.config import MountSettings, load
 from tierd.console import (
@@ -202,59 +201,22 @@ def mount(
             help="Let a new daemon go on where one died (Linux 6.9); no: mount again then. [dim]Default: yes[/]",
         ),
     ] = None,
+    attach: Annotated[
+        bool, typer.Option("--attach", help="Be a daemon of a mount that `tierd keeper` keeps; SIGTERM leaves it.")
+    ] = False,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
     template_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Lay the overlay over SOURCE at MOUNTPOINT and serve it until Ctrl-C, SIGTERM or `tierd umount`."""
-    given = {
-        name: value for name, value in locals().items() if name in MountSettings.model_fields and value is not None
-    }
-    settings = load(given, os.environ, config)
+    settings = load(cli_keeper.given(locals()), os.environ, config)
     if background_:
         _mount_in_background(settings)
+    elif template_fd is not None:
+        cli_keeper.be_template(settings, template_fd)
+    elif attach:
+        cli_keeper.attach(settings)
     else:
-        _serve(settings, ready_fd, template_fd)
-
-
-def _serve(settings: MountSettings, ready_fd: int | None, template_fd: int | None) -> None:
-    """This process becomes the keeper of a new mount, or the template of the daemons of one that is there."""
-    import tierd.node.daemon  # noqa: F401 - what daemons import is imported before they are forked
-    from tierd.node import launch, template
-
-    def start_log() -> None:
-        log.configure(settings.log_level, settings.log_format, settings.log_file)
-
-    def daemon(sock: socket.socket) -> int:
-        return _daemon(settings, sock, ready_fd)
-
-    if template_fd is not None:
-        start_log()
-        sys.exit(template.serve(socket.socket(fileno=template_fd), daemon))
-    log.configure("error" if ready_fd is not None else settings.log_level, settings.log_format)
-    if ready_fd is not None:
-        os.set_inheritable(ready_fd, False)
-    launch.launch(settings, daemon, start_log=start_log, quiet=ready_fd is not None, arguments=sys.argv[1:])
-
-
-def _daemon(settings: MountSettings, sock: socket.socket, ready_fd: int | None) -> int:
-    """Be a daemon; its exit code. A user error is told once, and the keeper that it was meant."""
-    from tierd.node.daemon import Daemon
-    from tierd.node.keeping import Keeping
-
-    keeping = Keeping(sock)
-
-    def ready() -> None:
-        if ready_fd is not None and keeping.restarts == 0:
-            background.tell_ready(ready_fd)
-
-    code = 0
-    try:
-        Daemon(settings, keeping, ready=ready).run()
-    except TierdError as error:
-        complain(str(error), error.hint)
-        code = error.exit_code
-    keeping.farewell(code)
-    return code
+        cli_keeper.keep(settings, ready_fd)
 
 
 def _mount_in_background(settings: MountSettings) -> None:
@@ -290,7 +252,7 @@ def umount(
         detach(path)
         remove_record(path)
         return
-    pid = record.keeper_pid or record.pid
+    pid = record.keeper_pid if record.keeper_pid and Path(f"/proc/{record.keeper_pid}").exists() else record.pid
     process = os.pidfd_open(pid)  # readable once the process has ended, pidfd_open(2)
     os.kill(pid, signal.SIGTERM)
     with spinner(f"stopping process {pid}") as waiting:
@@ -373,3 +335,4 @@ def opens(
 
 
 add_commands(app)
+cli_keeper.add_commands(app, mount)

@@ -1,4 +1,4 @@
-"""The daemon is killed again and again while everything is at work: no call fails, none is done twice, no byte is wrong."""
+"""The daemon is killed again and again under load: no call fails, none is done twice, no byte is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.campaigns import house
-from tests.campaigns.workers import Crew, Told, Worker, appends, lists, open_unlinked, reads, renames, truncates
+from tests.campaigns.workers import Crew, Names, Told, Worker, appends, lists, open_unlinked, reads, truncates
 from tests.conftest import DirectoryFactory, MountFactory
 from tests.integration.tiered import MIB, content, of_tier
 from tests.mounts import OverlayMount
@@ -43,8 +43,8 @@ def crew_of(mount: OverlayMount, seed: int) -> Crew:
         "reader 2": reads(files),
         "appender": appends(work / "appends"),
         "truncater": truncates(work / "truncates"),
-        "renamer 1": renames(work / "renames 1"),
-        "renamer 2": renames(work / "renames 2"),
+        "renamer 1": Names(work / "names 1").step,
+        "renamer 2": Names(work / "names 2").step,
         "unlinker": open_unlinked(work / "unlinked"),
         "lister": lists(work / "listed", 300),
     }

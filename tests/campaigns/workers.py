@@ -1,7 +1,7 @@
 """Programs that work on a mount without a pause, know what each call must do, and say what went otherwise.
 
-Each runs in a process of its own until told to stop. A call that fails, hangs, or does its work twice or not at all is a
-complaint. Every call's time is kept if it spans a moment at which the daemon was killed.
+Each runs in a process of its own until told to stop. A call that fails, hangs, or does its work twice or not at all is
+a complaint. Calls that took long are kept with their times: they may span a moment at which the daemon was killed.
 """
 
 from __future__ import annotations
@@ -165,69 +165,80 @@ def truncates(directory: Path) -> Callable[[Worker], None]:
     return step
 
 
-def renames(directory: Path) -> Callable[[Worker], None]:
-    """Create, link, rename, exchange and remove names; each takes effect once, and each is as told."""
-    directory.mkdir(exist_ok=True)
-    names = [directory / f"n{number}" for number in range(8)]
-    there: dict[Path, bytes] = {}
-    serial = iter(range(1 << 30))
+class Names:
+    """Create, link, rename, exchange and remove names; each takes effect once. `there` is what must lie where."""
 
-    def free(w: Worker) -> Path | None:
-        return next((name for name in w.random.sample(names, len(names)) if name not in there), None)
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self.directory = directory
+        self.names = [directory / f"n{number}" for number in range(8)]
+        self.there: dict[Path, bytes] = {}
+        self.serial = 0
 
-    def create(w: Worker) -> None:
-        name = free(w)
+    def step(self, w: Worker) -> None:
+        """One call, or a few that belong together."""
+        ways = [self.create, self.create, self.unlink, self.rename, self.replace, self.exchange, self.link]
+        w.random.choice([*ways, self.symlink, self.directories, self.look])(w)
+
+    def _free(self, w: Worker) -> Path | None:
+        return next((name for name in w.random.sample(self.names, len(self.names)) if name not in self.there), None)
+
+    def _some(self, w: Worker, count: int) -> list[Path]:
+        """Names that are there; none if they are fewer."""
+        return w.random.sample(list(self.there), count) if len(self.there) >= count else []
+
+    def create(self, w: Worker) -> None:
+        name = self._free(w)
         if name is None:
             return
-        data = b"file %d" % next(serial)
+        self.serial += 1
+        self.there[name] = data = b"file %d" % self.serial
         with w.call("create O_EXCL"):
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-        there[name] = data
         with w.call("write"):
             os.write(fd, data)
         with w.call("close"):
             os.close(fd)
 
-    def unlink(w: Worker) -> None:
-        if there:
-            name = w.random.choice(list(there))
+    def unlink(self, w: Worker) -> None:
+        for name in self._some(w, 1):
             with w.call("unlink"):
                 name.unlink()
-            del there[name]
+            del self.there[name]
 
-    def rename(w: Worker) -> None:
-        name = w.random.choice(names)
-        if there and name not in there:
-            old = w.random.choice(list(there))
+    def rename(self, w: Worker) -> None:
+        new = self._free(w)
+        for old in self._some(w, 1) if new is not None else []:
+            assert new is not None
             with w.call("rename"):
-                rename2(old, name, w.random.choice([0, _NOREPLACE]))
-            there[name] = there.pop(old)
+                rename2(old, new, w.random.choice([0, _NOREPLACE]))
+            self.there[new] = self.there.pop(old)
 
-    def replace(w: Worker) -> None:
-        if len(there) > 1:
-            old, new = w.random.sample(list(there), 2)
-            if there[old] != there[new]:
-                with w.call("rename over"):
-                    old.rename(new)
-                there[new] = there.pop(old)
+    def replace(self, w: Worker) -> None:
+        """Between two names of one file rename(2) does nothing."""
+        pair = self._some(w, 2)
+        if pair and self.there[pair[0]] != self.there[pair[1]]:
+            with w.call("rename over"):
+                pair[0].rename(pair[1])
+            self.there[pair[1]] = self.there.pop(pair[0])
 
-    def exchange(w: Worker) -> None:
-        if len(there) > 1:
-            one, other = w.random.sample(list(there), 2)
+    def exchange(self, w: Worker) -> None:
+        pair = self._some(w, 2)
+        if pair:
             with w.call("exchange"):
-                rename2(one, other, _EXCHANGE)
-            there[one], there[other] = there[other], there[one]
+                rename2(*pair, _EXCHANGE)
+            self.there[pair[0]], self.there[pair[1]] = self.there[pair[1]], self.there[pair[0]]
 
-    def link(w: Worker) -> None:
-        name = free(w)
-        if there and name is not None:
-            old = w.random.choice(list(there))
+    def link(self, w: Worker) -> None:
+        new = self._free(w)
+        for old in self._some(w, 1) if new is not None else []:
+            assert new is not None
             with w.call("link"):
-                os.link(old, name)
-            there[name] = there[old]
+                os.link(old, new)
+            self.there[new] = self.there[old]
 
-    def symlink(w: Worker) -> None:
-        path = directory / "a link"
+    def symlink(self, w: Worker) -> None:
+        path = self.directory / "a link"
         with w.call("symlink"):
             os.symlink("somewhere", path)
         with w.call("readlink"):
@@ -235,34 +246,27 @@ def renames(directory: Path) -> Callable[[Worker], None]:
         with w.call("unlink of a link"):
             path.unlink()
 
-    def directories(w: Worker) -> None:
-        path = directory / "inner"
+    def directories(self, w: Worker) -> None:
+        path, other = self.directory / "inner", self.directory / "other"
         with w.call("mkdir"):
             path.mkdir()
         with w.call("create in it"):
             (path / "x").touch(exist_ok=False)
         with w.call("rename of a directory"):
-            path.rename(directory / "other")
+            path.rename(other)
         with w.call("unlink in it"):
-            (directory / "other" / "x").unlink()
+            (other / "x").unlink()
         with w.call("rmdir"):
-            (directory / "other").rmdir()
+            other.rmdir()
 
-    def look(w: Worker) -> None:
+    def look(self, w: Worker) -> None:
         with w.call("list"):
-            found = sorted(os.listdir(directory))
-        w.check(found == sorted(name.name for name in there), f"{directory}: {found}, not {sorted(there)}")
-        for name, data in list(there.items()):
+            found = sorted(os.listdir(self.directory))
+        w.check(found == sorted(name.name for name in self.there), f"{found}, not {sorted(self.there)}")
+        for name, data in self.there.items():
             with w.call("read"):
                 found_data = name.read_bytes()
             w.check(found_data == data, f"{name}: {found_data!r}, not {data!r}")
-
-    ways = [create, create, unlink, rename, replace, exchange, link, symlink, directories, look]
-
-    def step(w: Worker) -> None:
-        w.random.choice(ways)(w)
-
-    return step
 
 
 def open_unlinked(directory: Path) -> Callable[[Worker], None]:

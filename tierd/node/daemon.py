@@ -55,13 +55,17 @@ class Daemon:
     """One mount and everything that serves it.
 
     Start order: what the keeper holds, index, overlay, requests, recorder, admin, ready. Stop order: admin, mount,
-    requests in work, recorder, index. `ready` is called once the mount answers.
+    requests in work, recorder, index. `ready` is called once the mount answers. One that is `attached` leaves the mount
+    to the next daemon when it is told to end.
     """
 
-    def __init__(self, settings: MountSettings, keeping: Keeping, *, ready: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: MountSettings, keeping: Keeping, *, ready: Callable[[], None], attached: bool = False
+    ) -> None:
         self._given = settings
         self._keeping = keeping
         self._ready = ready
+        self._attached = attached
         self._started = time.time()
         self._stop = trio.Event()
         self._requests_done = trio.Event()
@@ -245,9 +249,9 @@ class Daemon:
                 for name, task in self.tier.tasks().items():
                     nursery.start_soon(keep_running, name, task)
             self._start_admin(nursery)
-            nursery.start_soon(keep_running, "keeper", self._keeping.run, self._stop.set, self._leave)
+            nursery.start_soon(keep_running, "keeper", self._keeping.run, self._stop.set, self._leave, self._publish)
             nursery.start_soon(keep_running, "ledger", self._keeping.compact, self.ledger)
-            write_record(self._record())
+            self._publish()
             log.info("mounted" if left is None else "serving", **self._record_for_log())
             self._keeping.ready(resend=bool(self.seam.resend_agreed) and not self.ledger.lost)
             self._ready()
@@ -270,10 +274,13 @@ class Daemon:
             task_status.started()
             async for number in signals:
                 log.info("stopping", signal=signal.Signals(number).name)
+                if self._attached:
+                    await self._leave()
                 self._stop.set()
 
     async def _leave(self) -> None:
-        """A newer daemon takes over: what is recorded is written, all else is in the ledger."""
+        """Another daemon takes over: what is recorded is written, all else is in the ledger."""
+        self._keeping.leave()
         self.overlay.end_records()
         with trio.move_on_after(_LEAVE_SECONDS):
             await self.recorder.flush()
@@ -345,6 +352,9 @@ class Daemon:
     def metrics_address(self) -> str:
         """`HOST:PORT` that metrics are served on."""
         return self._metrics_address
+
+    def _publish(self) -> None:
+        write_record(self._record())
 
     def _record(self) -> MountRecord:
         return MountRecord(

@@ -53,7 +53,12 @@ def become(python: str, root: str, state: dict[str, Any]) -> NoReturn:
         file.write(json.dumps(state).encode())
     for fd in (memory, *descriptors(state)):
         os.set_inheritable(fd, True)
-    os.execv(python, [python, "-I", "-S", "-c", _PROGRAM, root, str(memory)])
+    become_by(python, root, str(memory))
+
+
+def become_by(python: str, root: str, argument: str) -> NoReturn:
+    """Go on as the keeper that `argument` says (see `state_from`)."""
+    os.execv(python, [python, "-I", "-S", "-c", _PROGRAM, root, argument])
 
 
 def state_from(argument: str) -> dict[str, Any]:

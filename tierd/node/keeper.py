@@ -48,6 +48,7 @@ class Keeper:
         if state["daemon"] is not None:
             fd, pid, ready_at = state["daemon"]
             self.daemon = self.attach(socket.socket(fileno=fd), pid, ready_at)
+            self.daemon.tell(b"k%d" % os.getpid())
         if state["asker"] is not None:
             self.asker = socket.socket(fileno=state["asker"])
             self.upgrade()
@@ -137,6 +138,8 @@ class Keeper:
             self.vault.drop(int(body))
         elif kind == b"r":
             self.ready(peer, resend=body == b"1")
+        elif kind == b"l":
+            peer.leaving = True
         elif kind == b"q":
             peer.code = int(body)
         elif not kind:
@@ -145,7 +148,7 @@ class Keeper:
     def introduce(self, peer: Peer) -> None:
         """Give everything to a daemon; if another one serves, once that has left."""
         if self.daemon is not None and self.daemon is not peer:
-            self.newer, self.daemon.leave_by = peer, time.monotonic() + LEAVE_SECONDS
+            self.newer, self.daemon.leave_by, self.daemon.leaving = peer, time.monotonic() + LEAVE_SECONDS, True
             return self.daemon.tell(b"l")
         self.relieve()
         self.daemon = peer
@@ -172,7 +175,8 @@ class Keeper:
             self.newer = None
             return self.answer(error="the new daemon ended before it took over; the old one serves on")
         self.daemon, newer, self.newer = None, self.newer, None
-        if newer is None and (peer.code is not None or self.stop_by is not None or not self.state["served"]):
+        hopeless = not self.state["served"] and self.state["argv"]
+        if newer is None and (peer.code is not None or self.stop_by is not None or hopeless):
             self.exit_code = 1 if peer.code is None else peer.code
             return None
         self.state["restarts"] += 1
@@ -191,7 +195,8 @@ class Keeper:
             self.log("daemon_keeps_dying", "error", callers_get="EIO", next_start_in_seconds=delay)
         self.start_at = now + delay
         quick_deaths = self.succession.quick_deaths
-        self.log("daemon_died", "warning", pid=peer.pid, restarts=self.state["restarts"], quick_deaths=quick_deaths)
+        event, level = ("daemon_left", "info") if peer.leaving else ("daemon_died", "warning")
+        self.log(event, level, pid=peer.pid, restarts=self.state["restarts"], quick_deaths=quick_deaths)
 
     def relieve(self) -> None:
         if self.handlers.pop(self.vault.device, None):
@@ -212,7 +217,7 @@ class Keeper:
             self.attach(sock)
         elif data[:1] == b"U":
             request = json.loads(data[1:])
-            self.asker, self.state["argv"][0] = sock, request["python"]
+            self.asker, self.state["argv"][:1] = sock, [request["python"]] * bool(self.state["argv"])
             become(request["python"], request["root"], self.export())
         elif data[:1] == b"K":
             give(sock, self.export())
@@ -220,10 +225,13 @@ class Keeper:
             sock.close()
 
     def upgrade(self) -> None:
-        """A daemon of the newest code takes over from the one that serves."""
+        """A daemon of the newest code takes over from the one that serves; those started elsewhere are not ours to."""
         if self.template is not None:
             self.template_gone(self.template)
-        self.newer = self.fork()
+        if self.state["argv"]:
+            self.newer = self.fork()
+        else:
+            self.answer(pid=self.daemon and self.daemon.pid, keeper_pid=os.getpid(), restarts=self.state["restarts"])
 
     def answer(self, **facts: object) -> None:
         if self.asker is not None:

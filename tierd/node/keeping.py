@@ -94,14 +94,20 @@ class Keeping:
         """The mount answers; `resend`: a successor can go on from the ledger."""
         self._send(b"r%d" % resend)
 
+    def leave(self) -> None:
+        """This daemon ends for another one to go on."""
+        self._send(b"l")
+
     def farewell(self, code: int) -> None:
         """This daemon ends for good, with this exit code."""
         self._send(b"q%d" % code)
 
     # --- tasks ---
 
-    async def run(self, stop: Callable[[], None], leave: Callable[[], Awaitable[None]]) -> None:
-        """Say that the event loop turns; do what the keeper says, until cancelled."""
+    async def run(
+        self, stop: Callable[[], None], leave: Callable[[], Awaitable[None]], changed: Callable[[], None]
+    ) -> None:
+        """Say that the event loop turns; do what the keeper says, until cancelled. `changed`: it is another one."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat)
             while True:
@@ -111,6 +117,9 @@ class Keeping:
                     stop()
                 elif message == b"l":
                     await leave()
+                elif message[:1] == b"k":
+                    self.keeper_pid = int(message[1:])
+                    changed()
                 elif not message:
                     log.error("keeper_gone", cost="pods see it if this daemon dies, too")
                     self.keeper_pid = None

@@ -29,7 +29,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 
 def launch(
     settings: MountSettings,
-    daemon: Callable[[socket.socket], int],
+    daemon: Callable[[socket.socket], int] | None,
     *,
     start_log: Callable[[], None],
     quiet: bool,
@@ -37,8 +37,9 @@ def launch(
 ) -> NoReturn:
     """Check, lock, listen; then keep the mount. Raises UsageError, and leaves nothing behind then.
 
-    `daemon` runs one in a fork of this process; `arguments` start another template, of newer code. `start_log` is
-    called once nothing can be refused any longer. `quiet`: standard error is somebody's who waits for its end.
+    `daemon` runs one in a fork of this process (None: they will connect); `arguments` start another template, of newer
+    code. `start_log` is called once nothing can be refused any longer. `quiet`: standard error is somebody's who waits
+    for its end.
     """
     checked = preflight.check_paths(settings)
     preflight.check_fuse(allow_other=allows_other(settings))
@@ -62,16 +63,25 @@ def launch(
         **dict(zip(packets.LOCKS, [*locks, *cache.locks], strict=False)),
     }
     state = _state(checked, held, cache.directory, root)
-    state |= {"listener": sockets[1].fileno(), "argv": [sys.executable, "-m", "tierd", *arguments], "quiet": quiet}
+    state |= {"listener": sockets[1].fileno(), "quiet": quiet}
+    with kept:  # whatever was entered is left only if this process cannot become a keeper
+        if daemon is None:
+            handing.become(sys.executable, ROOT, {**state, "argv": [], "template": None})
+        argv = [sys.executable, "-m", "tierd", *arguments]
+        template_fd = _fork_template(daemon, [*held.values(), sockets[1].fileno()])
+        handing.become(sys.executable, ROOT, {**state, "argv": argv, "template": template_fd})
+
+
+def _fork_template(daemon: Callable[[socket.socket], int], not_theirs: list[int]) -> int:
+    """The keeper's end of a template, which is a fork of this process."""
     ours, theirs = packets.pair()
     sys.stderr.flush()
     if os.fork() == 0:
         theirs.close()
-        for fd in (*held.values(), sockets[1].fileno()):
+        for fd in not_theirs:
             os.close(fd)
         os._exit(template.serve(ours, daemon))
-    with kept:  # whatever was entered is left only if this process cannot become a keeper
-        handing.become(sys.executable, ROOT, {**state, "template": theirs.fileno()})
+    return theirs.detach()
 
 
 def allows_other(settings: MountSettings) -> bool:

@@ -3,8 +3,8 @@
 | from | to | message |
 |---|---|---|
 | daemon | keeper | `P` pid · `h` key (hold this descriptor) · `d` key (drop it) · `L` (a new ledger) · `b` (alive) |
-| daemon | keeper | `r` 1 or 0 (ready; whether the kernel can send requests again) · `q` exit code |
-| keeper | daemon | `J` JSON · `H` keys (their descriptors come along) · `.` (that was all) · `l` (leave) · `s` (stop) |
+| daemon | keeper | `r` 1 or 0 (ready; whether the kernel can send requests again) · `l` (I leave) · `q` exit code |
+| keeper | daemon | `J` JSON · `H` keys (their descriptors come along) · `.` (that was all) · `l` (leave) · `s` (stop) · `k` pid (of a new keeper) |
 | command | keeper | `U` JSON (upgrade; answered with JSON) · `K` (hand the mount to me, another keeper) |
 
 Runs on the standard library alone.

@@ -21,11 +21,13 @@ _BACK_OFF_SECONDS = 0.2
 
 
 class Peer:
-    """A connected daemon. `leave_by` is when it must have left, `code` how it said it ends; times are monotonic."""
+    """A connected daemon. `leave_by` is when it must have left, `leaving` that it means to; `code` how it said it ends.
+    Times are monotonic."""
 
     def __init__(self, sock: socket.socket, pid: int = 0, ready_at: float = 0.0) -> None:
         self.sock, self.pid, self.ready_at, self.heard = sock, pid, ready_at, time.monotonic()
         self.leave_by: float | None = None
+        self.leaving = False
         self.code: int | None = None
 
     def dead(self, now: float) -> bool:

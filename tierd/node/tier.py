@@ -311,7 +311,8 @@ class NodeTier:
             log.info("filled", path=display(fill.path), bytes=fill.identity.size, seconds=round(seconds, 3))
             return
         self._note_reason(fill.model, reason)
-        log.warning("fill_ended", path=display(fill.path), outcome=fill.outcome.value, reason=reason)
+        tell = log.info if fill.outcome is Outcome.REFUSED else log.warning
+        tell("fill_ended", path=display(fill.path), outcome=fill.outcome.value, reason=reason)
         if fill.outcome is Outcome.NO_SPACE:
             self._space_needed()
 
