@@ -75,6 +75,20 @@ async def test_change_between_the_two_tries_of_one_open(bench: Bench, mock_clock
     await bench.overlay.release(opened.fh)
 
 
+async def test_another_file_with_a_replaced_ones_number_is_another_node(bench: Bench) -> None:
+    """The kernel may still know the replaced one by its old name, and open it without a lookup."""
+    (bench.beneath / "a").write_bytes(b"1")
+    known_as_a = await bench.kernel.node(b"a")
+    (bench.beneath / "a").rename(bench.beneath / "b")  # as if the number had come again
+    (bench.beneath / "b").write_bytes(b"of another file")
+    (bench.beneath / "a").write_bytes(b"22")
+    assert await bench.kernel.node(b"b") != known_as_a
+    assert await number_of(bench.overlay.open(known_as_a, os.O_RDONLY, CALLER)) == "ESTALE"
+    opened = await bench.kernel.open(b"a")
+    assert await bench.overlay.read(opened.fh, 0, 100) == b"22"
+    await bench.overlay.release(opened.fh)
+
+
 async def test_a_listing_that_is_full_does_not_use_up_youth(bench: Bench, mock_clock: MockClock) -> None:
     """The entry that did not fit was no lookup: the real one, right after, still gets the young node."""
     file = bench.beneath / "a"

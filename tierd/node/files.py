@@ -160,10 +160,12 @@ class Files(Reach):
         key, version = self.source.key(st), pack(version_of(st))
         known = self.inodes.by_key(key)
         if known is not None and known.version not in (None, version):
-            if not known.handles:
+            renamed = not stat.S_ISDIR(st.st_mode) and (parent, name) not in known.names()
+            if not known.handles and not renamed:
                 self._expect_change(known, st)
             elif of_source(known) is None:
-                # Nothing holds the inode that it stands for: this may be another file with its number.
+                # Nothing holds the inode that it stands for: this may be another file with its number. Under another
+                # name it must not be the same node, or an open by the old name would find this file.
                 self._retire(known, young_until=trio.current_time() + YOUNG_SECONDS)
         return self.inodes.seen(parent, name, key, version)
 
