@@ -430,6 +430,8 @@ class Files(Reach):
             live.young_until = young_until
         self._holder.drop(found.fh)
         await self._run(os.close, found.fd)
+        if live is not None and live.retired:  # what its readers ask for next may be changed by way of another node
+            await self._run(self._reads.attributes_changed, live.id)
         raise Moved
 
     def _pass_through_source(self, handle: FileHandle) -> None:

@@ -269,7 +269,7 @@ class FuseOperations(pyfuse3.Operations):
         st = entry.attributes
         attributes = EntryAttributes()
         attributes.st_ino = InodeT(entry.node_id)
-        attributes.attr_timeout = self._attr_timeout_s
+        attributes.attr_timeout = self._attr_timeout_s if entry.lasting else 0.0
         attributes.entry_timeout = self._entry_timeout_s
         attributes.st_mode = ModeT(st.st_mode)
         attributes.st_nlink = st.st_nlink

@@ -94,7 +94,7 @@ class Overlay(Files):
                     return Entry(node_id, unlinked(handle.attributes))
             raise
         self._remember(node, st)
-        return Entry(node_id, st)
+        return Entry(node_id, st, lasting=not node.retired)
 
     async def setattr(self, node_id: int, changes: Changes, fh: int | None, unique: int = 0) -> Entry:
         """chmod, chown, truncate and utimens in one."""
@@ -111,7 +111,7 @@ class Overlay(Files):
         else:
             self._carry(node, change)
         self._remember(node, change.after)
-        return Entry(node_id, change.after)
+        return Entry(node_id, change.after, lasting=not node.retired)
 
     def _setattr_blocking(self, ref: Ref, changes: Changes, fd: int | None, unique: int) -> Change:
         if changes.size is None:

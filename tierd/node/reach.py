@@ -49,10 +49,14 @@ class Caller(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A node and its attributes, as a reply with an entry carries them."""
+    """A node and its attributes, as a reply with an entry carries them.
+
+    `lasting` is False if the file may be changed by way of another node: the kernel must ask each time.
+    """
 
     node_id: int
     attributes: os.stat_result
+    lasting: bool = True
 
 
 class Patience:
