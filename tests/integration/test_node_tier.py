@@ -572,3 +572,16 @@ def test_a_leftover_in_the_cache_directory_goes_and_a_foreign_file_stays(mount: 
     assert not leftover.exists()
     assert foreign.exists()
     foreign.unlink()
+
+
+def test_a_name_that_means_another_file_by_now_beside_that_ones_first_reader(overlay_mount: MountFactory) -> None:
+    """Sent back once for the name it must not be sent back again for the copy: open(2) forgives one ESTALE."""
+    mount = overlay_mount(entry_timeout=60, prefetch="no")
+    model = make_model(mount, "m", {"a.safetensors": MIB, "b.safetensors": MIB})
+    assert model.through("a.safetensors").stat().st_size == MIB
+    os.link(model.beneath("b.safetensors"), model.beneath("new"))
+    model.beneath("new").rename(model.beneath("a.safetensors"))
+    with model.through("b.safetensors").open("rb", buffering=0) as reader:
+        assert reader.read(1) == model.files["b.safetensors"][:1]
+        model.await_state("complete")
+        assert model.through("a.safetensors").read_bytes() == model.files["b.safetensors"]

@@ -213,6 +213,8 @@ class Files(Reach):
         if node.version not in (None, pack(version)):
             return None
         if self._reads_otherwise(node, copy):
+            if self._was_replaced(node):
+                return None
             self._retire(node, young_until=0.0)
             raise Moved
         try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, TypeVarTuple
@@ -34,6 +35,7 @@ _GONE = frozenset({errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNABORTE
 """What a network file system answers once it has given up, or its process has died."""
 _AWAY_SECONDS = 0.05
 _TRY_AGAIN_SECONDS = 1.0
+_REPLACED_MAX = 1024
 YOUNG_SECONDS = 2.0
 """How long a node that replaced a retired one is not itself retired: the kernel looks a name up again only
 once per open (open(2) fails with ESTALE the second time), so a file that changes all the time must settle."""
@@ -102,6 +104,9 @@ class Reach:
         self.metadata_limit = trio.CapacityLimiter(_METADATA_THREADS)
         self.data_limit = trio.CapacityLimiter(_DATA_THREADS)
         self.dirs = DirCache(source, self.inodes, self._run)
+        self._replaced: OrderedDict[tuple[int, bytes], float] = OrderedDict()
+        """Names, with their directory's node, that were found to mean another inode; until when an open that comes
+        to that one may have been sent back for it."""
 
     async def _run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         return await trio.to_thread.run_sync(function, *args, limiter=self.metadata_limit, abandon_on_cancel=True)
@@ -130,7 +135,19 @@ class Reach:
                     return await self._run(function, Ref(dir_fd, name, node.key), *args)
             except Moved:
                 self.inodes.drop_name(node, parent, name)
+                self._note_replaced(parent, name)
         raise Moved
+
+    def _note_replaced(self, parent: Node, name: bytes) -> None:
+        self._replaced[parent.id, name] = trio.current_time() + YOUNG_SECONDS
+        self._replaced.move_to_end((parent.id, name))
+        if len(self._replaced) > _REPLACED_MAX:
+            self._replaced.popitem(last=False)
+
+    def _was_replaced(self, node: Node) -> bool:
+        """An open that leads to this node may have been sent back once already."""
+        now = trio.current_time()
+        return any(self._replaced.get((parent.id, name), 0.0) > now for parent, name in node.names())
 
     @contextmanager
     def _using(self, handle: Handle) -> Iterator[None]:
