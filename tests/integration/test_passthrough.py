@@ -167,6 +167,18 @@ def test_a_reader_sees_the_size_another_descriptor_made(mount: OverlayMount, pat
                 assert reader.seek(0, os.SEEK_END) == 3 * MIB + 7 * (number + 1)
 
 
+def test_truncated_by_another_name_than_the_writer_s(mount: OverlayMount, path: Path) -> None:
+    """The reader's inode has that name, the writer's has its own: both must know how long the file is."""
+    other = path.with_name("other")
+    os.link(path, other)
+    with other.open("rb", buffering=0) as reader, path.open("r+b", buffering=0) as writer:
+        for size in (1000, 2 * MIB):
+            assert os.fstat(writer.fileno()).st_size != size
+            os.truncate(other, size)
+            assert [os.fstat(file.fileno()).st_size for file in (reader, writer)] == [size, size]
+            assert os.pread(writer.fileno(), 4 * MIB, 0) == beneath(mount, path).read_bytes()
+
+
 def test_reopened_for_writing_through_proc(mount: OverlayMount, path: Path) -> None:
     """No name leads to another inode here, and the one there is cannot be written while the kernel reads it itself."""
     with path.open("rb") as reader:

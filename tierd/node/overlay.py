@@ -111,7 +111,16 @@ class Overlay(Files):
         else:
             self._carry(node, change)
         self._remember(node, change.after)
+        if node.retired:
+            await self._tell_successor(node, change)
         return Entry(node_id, change.after, lasting=not node.retired)
+
+    async def _tell_successor(self, node: Node, change: Change) -> None:
+        """A file was changed by a name that the kernel knows as a retired node: its live one has new attributes too."""
+        live = self.inodes.by_key(node.key)
+        if live is not None:
+            self._carry(live, change)
+            await self._run(self._reads.attributes_changed, live.id)
 
     def _setattr_blocking(self, ref: Ref, changes: Changes, fd: int | None, unique: int) -> Change:
         if changes.size is None:
