@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from tierd.node.packets import receive, receive_held, send, send_held
+from tierd.node.packets import pair, receive, receive_held, send, send_held
 
 
 def descriptors(state: dict[str, Any]) -> list[int]:
@@ -80,6 +81,24 @@ def clean_up(state: Mapping[str, Any]) -> None:
         with suppress(OSError):
             if os.listdir(os.path.dirname(path)) == [os.path.basename(path)]:
                 os.unlink(path)
+
+
+def start_template(argv: list[str]) -> socket.socket:
+    """Our end of a new template of daemons, by the newest code."""
+    ours, theirs = pair()
+    with theirs:
+        command = [*argv, "--template-fd", str(theirs.fileno())]
+        subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    return ours
+
+
+def offer(template: socket.socket, fd: int) -> bool:
+    """Have a template make a daemon that is connected to the other end of `fd`; False if it is gone."""
+    try:
+        send(template, b"f", [fd])
+    except OSError:
+        return False
+    return True
 
 
 def log_plainly(event: str, level: str, facts: Mapping[str, object], *, file: str | None, as_json: bool) -> None:

@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,31 +19,28 @@ from contextlib import suppress
 from typing import Any, NoReturn, cast
 
 from tierd.node.device import MountError
-from tierd.node.handing import become, clean_up, descriptors, give, log_plainly, state_from
+from tierd.node.handing import become, clean_up, descriptors, give, log_plainly, offer, start_template, state_from
 from tierd.node.packets import LEDGER, MISSED, is_ours, pair, receive, send, send_held
 from tierd.node.peer import Peer, Succession
 from tierd.node.vault import Vault
 
-LEAVE_SECONDS, STOP_SECONDS, RETRY_SECONDS, COMMAND_SECONDS = 2.0, 25.0, 30.0, 1.0
-_TICK_MS = 100
+LEAVE_SECONDS, STOP_SECONDS, RETRY_SECONDS, COMMAND_SECONDS, TICK_MS = 2.0, 25.0, 30.0, 1.0, 100
 
 
 class Keeper:
-    """`state` is all that it must know, as JSON, descriptors as numbers; another keeper can go on from what `export`
-    says."""
+    """`state` is all that it must know, as JSON, with descriptors as numbers: what another keeper's `export` says."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state, self.succession, self.start_at = state, Succession(), 0.0
         self.poll, self.handlers = select.poll(), dict[int, Callable[[], None]]()
-        self.template = self.asker = cast(socket.socket | None, None)
+        self.asker = cast(socket.socket | None, None)
         self.daemon = self.newer = cast(Peer | None, None)
         self.stop_by, self.exit_code = cast(float | None, None), cast(int | None, None)
         self.listener = socket.socket(fileno=state["listener"])
         self.watch(self.listener, self.accept)
         held = {int(key): fd for key, fd in state["held"].items()}
         self.vault = Vault(held, state["mountpoint"], allow_other=state["allow_other"])
-        if state["template"] is not None:
-            self.template = self.watch(socket.socket(fileno=state["template"]), self.template_gone)
+        self.template = None if state["template"] is None else socket.socket(fileno=state["template"])
         if state["daemon"] is not None:
             fd, pid, ready_at = state["daemon"]
             self.daemon = self.attach(socket.socket(fileno=fd), pid, ready_at)
@@ -72,7 +68,7 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         while self.exit_code is None:
-            for fd, _ in self.poll.poll(_TICK_MS):
+            for fd, _ in self.poll.poll(TICK_MS):
                 self.handlers.get(fd, int)()
             self.tick(time.monotonic())
         self.vault.unmount()
@@ -98,29 +94,19 @@ class Keeper:
             self.relieve()
             self.daemon = self.fork()
 
-    # --- daemons ---
-
     def fork(self) -> Peer:
         """Have the template, a new one if it is gone, make a daemon."""
-        if self.template is None:
-            ours, theirs = pair()
-            command = [*self.state["argv"], "--template-fd", str(theirs.fileno())]
-            subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-            theirs.close()
-            self.template = self.watch(ours, self.template_gone)
         ours, theirs = pair()
-        with theirs, suppress(OSError):
-            send(self.template, b"f", [theirs.fileno()])
+        with theirs:
+            if self.template is None or not offer(self.template, theirs.fileno()):
+                self.template = start_template(self.state["argv"])
+                offer(self.template, theirs.fileno())
         return self.attach(ours)
 
     def attach(self, sock: socket.socket, pid: int = 0, ready_at: float = 0.0) -> Peer:
         peer = Peer(sock, pid, ready_at)
         self.watch(sock, lambda _: self.hear(peer))
         return peer
-
-    def template_gone(self, sock: socket.socket) -> None:
-        self.unwatch(sock)
-        self.template = None
 
     def hear(self, peer: Peer) -> None:
         """One message of a daemon, or its end."""
@@ -203,8 +189,6 @@ class Keeper:
             self.poll.unregister(self.vault.device)
         self.vault.relieve()
 
-    # --- commands ---
-
     def accept(self, listener: socket.socket) -> None:
         sock = listener.accept()[0]
         sock.settimeout(COMMAND_SECONDS)
@@ -226,9 +210,8 @@ class Keeper:
 
     def upgrade(self) -> None:
         """A daemon of the newest code takes over from the one that serves; those started elsewhere are not ours to."""
-        if self.template is not None:
-            self.template_gone(self.template)
         if self.state["argv"]:
+            self.template = start_template(self.state["argv"])
             self.newer = self.fork()
         else:
             self.answer(pid=self.daemon and self.daemon.pid, keeper_pid=os.getpid(), restarts=self.state["restarts"])

@@ -4,7 +4,8 @@
 |---|---|---|
 | daemon | keeper | `P` pid · `h` key (hold this descriptor) · `d` key (drop it) · `L` (a new ledger) · `b` (alive) |
 | daemon | keeper | `r` 1 or 0 (ready; whether the kernel can send requests again) · `l` (I leave) · `q` exit code |
-| keeper | daemon | `J` JSON · `H` keys (their descriptors come along) · `.` (that was all) · `l` (leave) · `s` (stop) · `k` pid (of a new keeper) |
+| keeper | daemon | `J` JSON · `H` keys (their descriptors come along) · `.` (that was all) · `k` pid (a new keeper) |
+| keeper | daemon | `l` (leave: another one takes over) · `s` (stop: the mount ends) |
 | command | keeper | `U` JSON (upgrade; answered with JSON) · `K` (hand the mount to me, another keeper) |
 
 Runs on the standard library alone.
