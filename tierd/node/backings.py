@@ -70,7 +70,7 @@ class Backings:
         try:
             self._close(backing_id)
         except OSError as error:
-            if error.errno not in (errno.ENODEV, errno.ENOTCONN, errno.EBADF, errno.EPERM):
+            if error.errno not in (errno.ENODEV, errno.ENOTCONN, errno.EBADF, errno.EPERM, errno.ENOENT):
                 log.warning("backing_not_closed", node_id=node_id, reason=error.strerror)
         self._ledger.backing(node_id, 0)
 
@@ -80,16 +80,17 @@ class Backings:
     def inherit(self, left: Mapping[int, int], users: Mapping[int, int], last_id: int) -> None:
         """Take over the backings of the daemon before this one, by node; close those that no open uses any longer.
 
-        One more may have been opened and not written down: the kernel gives IDs out in order.
+        One more may have been opened and not written down, or closed: the kernel gives IDs out in order.
         """
         for node_id, backing_id in left.items():
             self._held[node_id] = (backing_id, users.get(node_id, 0))
         for node_id in [node_id for node_id in left if not users.get(node_id)]:
             self._held[node_id] = (left[node_id], 1)
             self.release(node_id)
-        for backing_id in range(last_id + 1, last_id + 1 + _UNKNOWN_MAX) if last_id else ():
+        for backing_id in range(last_id + 1, last_id + 1 + _UNKNOWN_MAX):
             with suppress(OSError):
                 self._close(backing_id)
+                self._ledger.backing(0, backing_id)
 
     def _open(self, fd: int) -> int | None:
         if len(self._held) >= BACKINGS_MAX:

@@ -109,7 +109,7 @@ class Daemon:
         host, port = self._listener.getsockname()[:2]
         self._metrics_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._estate = estate.read(held[LEDGER]) if LEDGER in held else None
-        self.ledger = Ledger(held.get(LEDGER))
+        self.ledger = Ledger(held.get(LEDGER), on_lost=lambda: self._keeping.ready(resend=False))
         if self._estate is None:
             self._keeping.keep_ledger(self.ledger.fd)
 

@@ -27,7 +27,8 @@ _HEADER = struct.Struct("=I")
 """Length of the payload << 8 | kind; 0 is the end of the log."""
 IDS_MAX = 8192
 
-INIT, NODE, ATTRIBUTES, SAID, FORGOT, HANDLE, CLOSED, BACKING, INTENT, DONE, LISTED, COUNT, UNSAID, _SKIP = range(1, 15)
+INIT, NODE, ATTRIBUTES, SAID, FORGOT, HANDLE, CLOSED, BACKING, INTENT, DONE, LISTED, COUNT, UNSAID = range(1, 14)
+_SKIP, FAILED = range(14, 16)
 
 ID = struct.Struct("=Q")
 PAIR = struct.Struct("=QQ")
@@ -110,10 +111,11 @@ _HANDLE = struct.Struct("=QQBH")
 class Ledger:
     """The log of one daemon. `fd` is its memfd."""
 
-    def __init__(self, fd: int | None = None) -> None:
-        """Go on with an existing log, or begin one."""
+    def __init__(self, fd: int | None = None, *, on_lost: Callable[[], None] = lambda: None) -> None:
+        """Go on with an existing log, or begin one. `on_lost` is called, from any thread, once `lost` is."""
         self.fd = os.memfd_create("tierd-ledger") if fd is None else fd
         self._lock = threading.Lock()
+        self._on_lost = on_lost
         self._mapping: mmap.mmap | None = None
         self._window, self._at = (0, 0) if fd is None else divmod(_end_of(fd), WINDOW_BYTES)
         self.lost = False
@@ -149,6 +151,7 @@ class Ledger:
             self._mapping = mmap.mmap(self.fd, WINDOW_BYTES, offset=self._window * WINDOW_BYTES)
         except (OSError, ValueError):
             self.lost = True
+            self._on_lost()
             return False
         # A record that a kill cut short has no header, but what there is of it must not be taken for one.
         self._mapping[self._at :] = bytes(WINDOW_BYTES - self._at)
@@ -157,7 +160,8 @@ class Ledger:
     @property
     def end(self) -> int:
         """How many bytes it has."""
-        return self._window * WINDOW_BYTES + self._at
+        with self._lock:
+            return self._window * WINDOW_BYTES + self._at
 
     def close(self) -> None:
         """Let go of the mapping and the descriptor; the keeper's remains."""
@@ -175,7 +179,11 @@ class Ledger:
             if other.lost:
                 other.close()
                 return
-            tell(other.fd)
+            try:
+                tell(other.fd)
+            except BaseException:
+                other.close()
+                raise
             if self._mapping is not None:
                 self._mapping.close()
             os.close(self.fd)
@@ -209,7 +217,7 @@ class Ledger:
         self.append(CLOSED, ID.pack(fh))
 
     def backing(self, node_id: int, backing_id: int) -> None:
-        """The backing ID of a node; 0 once it has none."""
+        """The backing ID of a node, 0 once it has none; of node 0, the last ID that was given out."""
         self.append(BACKING, PAIR.pack(node_id, backing_id))
 
     def intent(self, unique: int, before: bytes) -> None:
@@ -219,6 +227,10 @@ class Ledger:
     def done(self, unique: int) -> None:
         """It was done."""
         self.append(DONE, ID.pack(unique & ~RESENT))
+
+    def failed(self, unique: int) -> None:
+        """It was refused, and changed nothing."""
+        self.append(FAILED, ID.pack(unique & ~RESENT))
 
     def listed(self, fh: int, position: int, name: bytes) -> None:
         """A listing was told up to `position`, after entry `name`."""
