@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tierd.node import estate as estate_module
 from tierd.node.estate import DOUBTFUL_MAX, INTENTS_MAX, Estate, Said, compact, compacted, read
 from tierd.node.ledger import ATTRIBUTES, HANDLE, ID, IDS_MAX, NODE, ROOT_ID, HandleRecord, Ledger, NodeRecord
-from tierd.node.packets import FIRST_SHORT_HANDLE
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def said_by(estate: Estate) -> dict[str, object]:
         "intents": list(estate.intents.items()),
         "done": estate.done,
         "doubtful": list(estate.doubtful.items()),
-        "last": (estate.node_max, estate.handle_max, estate.short_handle_max, estate.backing_max),
+        "last": estate.backing_max,
     }
 
 
@@ -152,26 +151,6 @@ def test_names_that_lead_in_a_circle_are_no_trouble(ledger: Ledger) -> None:
     assert set(short_of(ledger).nodes) == {2, 3}
 
 
-@pytest.mark.parametrize("shorten", [False, True])
-def test_no_number_is_given_out_twice(ledger: Ledger, shorten: bool) -> None:
-    """They began again after the highest that was left: a RELEASE sent again closed the file that had its handle."""
-    ledger.append(NODE, node(9, (ROOT_ID, b"a")))
-    ledger.said(0, [9])
-    ledger.forgot([(9, 1)])
-    for fh in (1001, 1007, FIRST_SHORT_HANDLE + 3):
-        ledger.append(HANDLE, handle(fh, ROOT_ID))
-        ledger.closed(fh)
-    estate = read(ledger.fd)
-    for _ in range(3):
-        assert (estate.node_max, estate.handle_max, estate.short_handle_max) == (9, 1007, FIRST_SHORT_HANDLE + 3)
-        assert not estate.handles
-        if shorten:
-            fresh = Ledger()
-            estate.write(fresh)
-            estate = read(fresh.fd)
-            fresh.close()
-
-
 # --- handles and listings ---
 
 
@@ -246,13 +225,14 @@ def test_intents_have_a_bound_even_if_none_is_ever_done(ledger: Ledger) -> None:
 # --- compaction ---
 
 small = st.integers(1, 6)
-fhs = st.sampled_from([1001, 1002, 1003, FIRST_SHORT_HANDLE + 1, FIRST_SHORT_HANDLE + 2])
+fhs = st.sampled_from([1001, 1002, 1003])
 uniques = st.sampled_from([2, 4, 6, 8])
 entries = st.lists(st.tuples(small, st.binary(max_size=5)), max_size=3)
 writes: st.SearchStrategy[Callable[[Ledger], None]] = st.one_of(
     st.builds(lambda data: lambda log: log.init(data), st.binary(max_size=9)),
     st.builds(
-        lambda i, names, gone: lambda log: log.append(NODE, node(i, *names, retired=gone)), small, entries, st.booleans()
+        lambda i, names, gone: lambda log: log.append(NODE, node(i, *names, retired=gone)),
+        small, entries, st.booleans(),
     ),
     st.builds(lambda i, data: lambda log: log.append(ATTRIBUTES, ID.pack(i) + data), small, st.binary(max_size=9)),
     st.builds(
@@ -317,8 +297,8 @@ def test_a_log_is_compacted_by_a_process_of_its_own_and_gone_on_in(ledger: Ledge
     ledger.replace(short, since, lambda fd: None)
     assert ledger.end < 1000
     assert said_by(read(ledger.fd)) == expected
-    ledger.closed(7)
-    assert read(ledger.fd).handle_max == 7
+    ledger.forgot([(2, 2)])
+    assert read(ledger.fd).lookups == {}
 
 
 def test_a_compaction_that_fails_leaves_no_descriptor(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +311,7 @@ def test_a_compaction_that_fails_leaves_no_descriptor(ledger: Ledger, monkeypatc
 
 
 def test_a_log_without_memory_is_no_compaction(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger.closed(1)
+    ledger.init(b"init")
     monkeypatch.setattr(estate_module.Ledger, "_turn", lambda log: setattr(log, "lost", True))
     fd = os.memfd_create("tierd-ledger-none")
     with pytest.raises(MemoryError):

@@ -21,6 +21,7 @@ from tierd.node.ledger import (
     COUNT,
     COUNTED,
     DONE,
+    FAILED,
     FORGOT,
     HANDLE,
     ID,
@@ -42,7 +43,7 @@ from tierd.node.ledger import (
 DOUBTFUL_MAX: Final = 64
 """Replies that may have been logged and not yet written to the device: each of a few threads has one."""
 INTENTS_MAX: Final = 1024
-"""More than requests can be in work at once."""
+"""More than requests can be in work at once; what was done goes first, for that was answered soonest."""
 _COMPACT_SECONDS = 60.0
 
 
@@ -126,16 +127,24 @@ class Estate:
     def _backing(self, payload: bytes) -> None:
         node_id, backing_id = PAIR.unpack(payload)
         self.backing_max = max(self.backing_max, backing_id)
-        if backing_id:
+        if node_id and backing_id:
             self.backings[node_id] = backing_id
         else:
             self.backings.pop(node_id, None)
 
     def _intent(self, payload: bytes) -> None:
         (unique,) = ID.unpack_from(payload)
+        self._failed(payload)
         self.intents[unique] = payload
         if len(self.intents) > INTENTS_MAX:
-            self.done.discard(self.intents.popitem(last=False)[0])
+            self._drop_intent(next((old for old in self.intents if old in self.done), next(iter(self.intents))))
+
+    def _failed(self, payload: bytes) -> None:
+        self._drop_intent(ID.unpack_from(payload)[0])
+
+    def _drop_intent(self, unique: int) -> None:
+        self.intents.pop(unique, None)
+        self.done.discard(unique)
 
     def _done(self, payload: bytes) -> None:
         (unique,) = ID.unpack(payload)
@@ -211,6 +220,7 @@ _TAKERS = {
     BACKING: Estate._backing,
     INTENT: Estate._intent,
     DONE: Estate._done,
+    FAILED: Estate._failed,
     LISTED: Estate._listed,
     COUNT: Estate._count,
 }
