@@ -5,8 +5,11 @@ Done once, before the first request is read, on the trio thread and without a qu
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import structlog
@@ -69,9 +72,21 @@ def inherit(heir: Heir, estate: Estate, generation: int) -> None:
         users[record.node_id] += record.backed
         _inherit_handle(heir, record, nodes[record.node_id], estate)
     heir.backings.inherit(estate.backings, users, estate.backing_max)
-    for fh in [fh for fh in heir.held if fh >= FIRST_HANDLE and fh not in handles]:
-        heir.let_go(fh)
+    _let_go(heir, [fh for fh in heir.held if fh >= FIRST_HANDLE and fh not in handles])
     log.info("took_over", nodes=len(nodes), handles=len(handles), backings=len(heir.backings))
+
+
+def _let_go(heir: Heir, handles: Sequence[int]) -> None:
+    """Descriptors of handles that the kernel does not have. To close one may take as long as the source likes."""
+
+    def close() -> None:
+        for fh in handles:
+            with suppress(OSError):
+                os.close(heir.held[fh])
+
+    for fh in handles:
+        heir.let_go(fh)
+    threading.Thread(target=close, name="heir-close", daemon=True).start()
 
 
 def _inherit_handle(heir: Heir, record: HandleRecord, node: Node, estate: Estate) -> None:
@@ -81,7 +96,7 @@ def _inherit_handle(heir: Heir, record: HandleRecord, node: Node, estate: Estate
         listing.told = estate.listed.get(record.fh, {})
         heir.overlay.listings[record.fh] = listing
         return
-    copy = heir.copies.get(record.copy.decode()) if record.copy else None
+    copy = heir.copies.get(os.fsdecode(record.copy)) if record.copy else None
     handle = FileHandle(record.fh, node, -1 if record.copy else fd, record.writable)
     handle.target = ReadTarget(fd, local=bool(record.copy))
     handle.copy, handle.backed, handle.dirty = copy, record.backed, record.dirty

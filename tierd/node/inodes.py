@@ -240,12 +240,14 @@ class InodeTable:
                 device, inode = record.key
                 made[record.node_id] = Node(record.node_id, (device, inode) if device else inode, None, b"")
         for node_id, record in nodes.items():
-            self._inherit(made, made[node_id], record, lookups.get(node_id, 0), young_until)
+            self._inherit(made, made[node_id], record, lookups.get(node_id, 0))
+        for key in {node.key for node in made.values() if node.retired}:
+            self._young[key] = young_until
+            if key in self._by_key:
+                self._by_key[key].young_until = young_until
         return made
 
-    def _inherit(
-        self, made: Mapping[int, Node], node: Node, record: NodeRecord, lookups: int, young_until: float
-    ) -> None:
+    def _inherit(self, made: Mapping[int, Node], node: Node, record: NodeRecord, lookups: int) -> None:
         if node is self.root:
             return
         names = [(made[parent_id], name) for parent_id, name in record.names if parent_id in made]
@@ -257,8 +259,6 @@ class InodeTable:
             self._by_id[node.id] = node
         if lookups and not node.retired:
             self._by_key[node.key] = node
-        if node.retired:
-            self._young[node.key] = young_until
 
     def check(self) -> None:
         """Assert the invariants; for tests."""
