@@ -1,8 +1,9 @@
 """Requests that must take effect once, though the kernel sends them again after a daemon died at work on them.
 
 Before such a call is made, what it found is written to the ledger under the request's unique number (its intent), and
-after it that it is done. A request that is sent again brings both back: one that is done is not done again; of one that
-may be, the source is asked. Only what happens beneath the mount within the same microseconds can be mistaken.
+after it that it is done, or was refused. A request that is sent again brings them back: one that is done is not done
+again, one that was refused is tried anew; of one that may be done, the source is asked. Only what happens beneath the
+mount within the same moment can be mistaken.
 
 Everything here blocks and belongs into worker threads; a request is worked on by one thread.
 """
@@ -13,11 +14,12 @@ import errno
 import os
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 from tierd.node.ledger import RESENT, Ledger
-from tierd.node.sources import Key, Version, version_of
+from tierd.node.sources import Key, Moved, Version, version_of
 
 T = TypeVar("T")
 
@@ -64,7 +66,15 @@ class Once:
         if unique:
             self._ledger.intent(unique, before)
 
-    def _done(self, unique: int) -> None:
+    @contextmanager
+    def _attempt(self, unique: int, left: Intent | None) -> Iterator[None]:
+        """Write down how it ended; not that it was refused if an earlier attempt may be why."""
+        try:
+            yield
+        except OSError:
+            if unique and left is None:
+                self._ledger.failed(unique)
+            raise
         if unique:
             self._ledger.done(unique)
 
@@ -78,15 +88,18 @@ class Once:
         """Make a name that must not exist. One that `look` finds is ours if it changed since we meant to make it:
         then it is `adopt`ed."""
         left = self._left_of(unique)
-        if left is not None:
-            found = _found(look)
-            (since,) = _TIME.unpack(left.before)
-            if found is not None and (left.done or found.st_ctime_ns >= since - CLOCK_SLACK_NS):
-                return adopt(found)
-        self._intend(unique, _TIME.pack(self._clock_ns()))
-        result = perform()
-        self._done(unique)
-        return result
+        ours = _made_since(left, look) if left is not None else None
+        if ours is not None:
+            return adopt(ours)
+        self._intend(unique, left.before if left is not None else _TIME.pack(self._clock_ns()))
+        try:
+            with self._attempt(unique, left):
+                return perform()
+        except FileExistsError:
+            ours = _made_since(left, look) if left is not None else None
+            if ours is None:
+                raise
+            return adopt(ours)  # a thread of the dead daemon was still at it
 
     def remove(
         self,
@@ -102,14 +115,12 @@ class Once:
             if left.done or found is None or self._key_of(found) != before.key:
                 return before
         try:
-            result = perform(lambda st: self._intend(unique, _pack(self._inode(st))))
+            with self._attempt(unique, left):
+                return perform(lambda st: self._intend(unique, _pack(self._inode(st))))
         except FileNotFoundError:
             if left is not None:  # a thread of the dead daemon was still at it
                 return _unpack(left.before)
-
             raise
-        self._done(unique)
-        return result
 
     def rename(
         self,
@@ -120,17 +131,18 @@ class Once:
         """Rename. `look` says what lies at the old and at the new name. What was moved and what was replaced, if it was
         done before."""
         left = self._left_of(unique)
-        if left is not None:
-            moved, replaced = _unpack_pair(left.before)
-            if left.done or self._was_renamed(moved, replaced, *look()):
-                return moved, replaced
-        result = perform(lambda old, new: self._intend(unique, self._pack_pair(old, new)))
-        self._done(unique)
-        return result
+        before = _unpack_pair(left.before) if left is not None else None
+        if left is not None and before is not None and (left.done or self._was_renamed(before[0], *look())):
+            return before
+        try:
+            with self._attempt(unique, left):
+                return perform(lambda old, new: self._intend(unique, self._pack_pair(old, new)))
+        except FileNotFoundError:
+            if before is not None and self._was_renamed(before[0], *look()):
+                return before  # a thread of the dead daemon was still at it
+            raise
 
-    def _was_renamed(
-        self, moved: Inode, replaced: Inode | None, old: os.stat_result | None, new: os.stat_result | None
-    ) -> bool:
+    def _was_renamed(self, moved: Inode, old: os.stat_result | None, new: os.stat_result | None) -> bool:
         """What was at the old name is at the new one, and no longer at the old one."""
         if new is None or self._key_of(new) != moved.key:
             return False
@@ -145,22 +157,22 @@ class Once:
         if left is not None and (left.done or look().st_size == size):
             return perform(False)
         self._intend(unique, b"")
-        result = perform(True)
-        self._done(unique)
-        return result
+        with self._attempt(unique, left):
+            return perform(True)
 
     def unset(self, unique: int, perform: Callable[[], T], gone: Callable[[], T]) -> T:
         """Remove an attribute; `gone` if it was removed before."""
         left = self._left_of(unique)
+        if left is not None and left.done:
+            return gone()
         self._intend(unique, b"")
         try:
-            result = perform()
+            with self._attempt(unique, left):
+                return perform()
         except OSError as error:
             if left is not None and error.errno == errno.ENODATA:
                 return gone()
             raise
-        self._done(unique)
-        return result
 
     def _inode(self, st: os.stat_result) -> Inode:
         return Inode(self._key_of(st), version_of(st))
@@ -169,8 +181,15 @@ class Once:
 def _found(look: Callable[[], os.stat_result]) -> os.stat_result | None:
     try:
         return look()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, Moved):
         return None
+
+
+def _made_since(left: Intent, look: Callable[[], os.stat_result]) -> os.stat_result | None:
+    """What has the name, if it was made, or changed, since it was meant to be made."""
+    found = _found(look)
+    (since,) = _TIME.unpack(left.before)
+    return found if found is not None and (left.done or found.st_ctime_ns >= since - CLOCK_SLACK_NS) else None
 
 
 def _pack(inode: Inode) -> bytes:
