@@ -28,6 +28,7 @@ from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, of_source
 from tierd.node.sources import ACL_NAMES, Change, Changes, Moved, Ref
 
 _READDIR_BATCH_MAX = 512
+_DOTS = (b".", b"..")
 _LABELS = b"security."
 """Attributes that do not pass: labels and file capabilities mean nothing on a mount without suid."""
 
@@ -270,7 +271,7 @@ class Overlay(Files):
         """
         handle = self._listing(fh)
         if start == 0 or not handle.names:
-            handle.names = [b".", b"..", *sorted(await self._run(self.source.list_names, handle.fd))]
+            handle.names = [*_DOTS, *sorted(await self._run(self.source.list_names, handle.fd))]
             self._catch_up(handle, start)
         position = start
         while position < len(handle.names):
@@ -291,9 +292,10 @@ class Overlay(Files):
     def _catch_up(self, handle: DirHandle, start: int) -> None:
         """A listing that another daemon began goes on after the name that it ended with, whatever came and went."""
         last = handle.told.get(start)
-        if last is not None:
-            rest = [name for name in handle.names[2:] if name > last]
-            handle.names = [b""] * start + rest
+        if last in _DOTS:  # the first two, whatever the order
+            handle.names = [b""] * start + handle.names[_DOTS.index(last) + 1 :]
+        elif last is not None:
+            handle.names = [b""] * start + [name for name in handle.names[2:] if name > last]
 
     def _reply_entry(
         self,
@@ -303,7 +305,7 @@ class Overlay(Files):
         position: int,
         reply: Callable[[bytes, os.stat_result, int, int], bool],
     ) -> bool:
-        if name in (b".", b".."):
+        if name in _DOTS:
             node = parent if name == b"." else (parent.parent or parent)
             return reply(name, st, node.id, position)
         node = self._count(parent, name, st)
