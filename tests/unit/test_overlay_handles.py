@@ -273,6 +273,32 @@ async def test_metadata_goes_on_while_every_read_hangs(
     await overlay.release(second.fh)
 
 
+async def test_metadata_goes_on_while_every_open_hangs(
+    bench: Bench, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by stalling a source: 16 opens that it did not answer froze `stat` of everything else."""
+    overlay = bench.overlay
+    (bench.beneath / "a").write_bytes(b"content")
+    node_id = await bench.kernel.node(b"a")
+    monkeypatch.setattr(bench.source, "open", gate.hold(bench.source.open))
+    handles = []
+
+    async def open_it() -> None:
+        handles.append((await overlay.open(node_id, os.O_RDONLY, CALLER)).fh)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(99):
+            nursery.start_soon(open_it)
+        await gate.wait_for(int(overlay.open_limit.total_tokens))
+        with trio.fail_after(TIMEOUT_SECONDS):
+            await overlay.getattr(await bench.kernel.node(b"a"))
+            assert await bench.kernel.list_directory(ROOT_ID) == [b"a"]
+        assert gate.entered == overlay.open_limit.total_tokens, "no more threads than the limit says"
+        gate.open()
+    for fh in handles:
+        await overlay.release(fh)
+
+
 async def test_reads_go_on_while_every_metadata_call_hangs(
     bench: Bench, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -359,7 +359,7 @@ class Files(Reach):
         unlinked = node.parent is None and node.handles
         reach = self._by_handle if unlinked else self._by_name
         path = self._path_to_fill(node, flags)
-        found = await reach(node, self._open_blocking, flags, caller.pid, path, self._fh())
+        found = await reach(node, self._open_blocking, flags, caller.pid, path, self._fh(), limiter=self.open_limit)
         self._withdraw(node)
         packed = pack(found.version)
         changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty

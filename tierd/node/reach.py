@@ -1,6 +1,7 @@
 """Reaching inodes: what every call of the overlay builds on. Names lead to inodes, inodes to the source.
 
-Blocking calls run in worker threads: metadata and data have limits of their own, so slow reads cannot starve `stat`.
+Blocking calls run in worker threads: metadata, opens and data have limits of their own, so neither slow reads nor
+slow opens can starve `stat`.
 Names are found through directory descriptors, inodes through any name or open handle that still leads to them.
 
 Contract: all state belongs to the trio thread. After every `await` a node may have been renamed,
@@ -30,6 +31,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _METADATA_THREADS = 16
+_OPEN_THREADS = 16
 _DATA_THREADS = 16
 _GONE = frozenset({errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNABORTED, errno.EHOSTDOWN})
 """What a network file system answers once it has given up, or its process has died."""
@@ -102,14 +104,16 @@ class Reach:
         self.once = once or Once(self.ledger, source.key)
         self.inodes = InodeTable(source.root_inode, self.ledger)
         self.metadata_limit = trio.CapacityLimiter(_METADATA_THREADS)
+        self.open_limit = trio.CapacityLimiter(_OPEN_THREADS)
         self.data_limit = trio.CapacityLimiter(_DATA_THREADS)
         self.dirs = DirCache(source, self.inodes, self._run)
         self._replaced: OrderedDict[tuple[int, bytes], float] = OrderedDict()
         """Names, with their directory's node, that were found to mean another inode; until when an open that comes
         to that one may have been sent back for it."""
 
-    async def _run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        return await trio.to_thread.run_sync(function, *args, limiter=self.metadata_limit, abandon_on_cancel=True)
+    async def _run(self, function: Callable[[*Ts], T], *args: *Ts, limiter: trio.CapacityLimiter | None = None) -> T:
+        limit = limiter or self.metadata_limit
+        return await trio.to_thread.run_sync(function, *args, limiter=limit, abandon_on_cancel=True)
 
     async def _run_data(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         return await trio.to_thread.run_sync(function, *args, limiter=self.data_limit, abandon_on_cancel=True)
@@ -118,21 +122,25 @@ class Reach:
         """Run `function(ref, *args)` on the inode, through an open handle or the first name that still means it."""
         return await (self._by_name if of_source(node) is None else self._by_handle)(node, function, *args)
 
-    async def _by_handle(self, node: Node, function: Callable[..., T], *args: Any) -> T:
+    async def _by_handle(
+        self, node: Node, function: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
+    ) -> T:
         handle = of_source(node)
         if handle is None:
             raise Moved
         with self._using(handle):
-            return await self._run(function, Ref(handle.fd, None, node.key), *args)
+            return await self._run(function, Ref(handle.fd, None, node.key), *args, limiter=limiter)
 
-    async def _by_name(self, node: Node, function: Callable[..., T], *args: Any) -> T:
+    async def _by_name(
+        self, node: Node, function: Callable[..., T], *args: Any, limiter: trio.CapacityLimiter | None = None
+    ) -> T:
         if node is self.inodes.root:
-            return await self._run(function, Ref(self.source.root_fd, None, node.key), *args)
+            return await self._run(function, Ref(self.source.root_fd, None, node.key), *args, limiter=limiter)
         while node.parent is not None:
             parent, name = node.parent, node.name
             try:
                 async with self.dirs.hold(parent) as dir_fd:
-                    return await self._run(function, Ref(dir_fd, name, node.key), *args)
+                    return await self._run(function, Ref(dir_fd, name, node.key), *args, limiter=limiter)
             except Moved:
                 self.inodes.drop_name(node, parent, name)
                 self._note_replaced(parent, name)
