@@ -244,6 +244,33 @@ def test_interrupts_stop_here(wire: Wire) -> None:
     assert wire.libfuse.recv(1 << 20) == message
 
 
+@pytest.mark.parametrize("error", [0, -errno.EIO])
+def test_an_open_that_somebody_gave_up(wire: Wire, error: int) -> None:
+    """Found by Ctrl-C of a reader whose file the source did not open: the process could not even be killed."""
+    wire.request(OPEN, 6, struct.pack("=II", os.O_RDONLY, 0))
+    wire.libfuse.recv(1 << 20)
+    wire.request(INTERRUPT, 7, struct.pack("=Q", 6))
+    assert wire.answer() == (6, -errno.EINTR, b"")
+    wire.reply(6, struct.pack("=QII", 77, KEEP_CACHE, 0) if error == 0 else b"", error)
+    if error == 0:
+        message = wire.libfuse.recv(1 << 20)
+        assert IN_HEADER.unpack_from(message)[1:4] == (RELEASE, 6, 1), "what was opened is released"
+        assert struct.unpack_from("=Q", message, IN_HEADER.size) == (77,)
+    wire.reply(8, b"another")
+    assert wire.answer() == (8, 0, b"another"), "the late answer goes nowhere"
+    assert not wire.seam._read_only_opens
+    assert not wire.seam._opens
+
+
+def test_a_signal_does_not_end_an_open_that_takes_a_moment(wire: Wire) -> None:
+    wire.request(OPEN, 6, struct.pack("=II", os.O_RDONLY, 0))
+    wire.libfuse.recv(1 << 20)
+    wire.request(INTERRUPT, 7, struct.pack("=Q", 6))
+    wire.reply(6, struct.pack("=QII", 77, KEEP_CACHE, 0))
+    assert wire.answer()[:2] == (6, 0)
+    assert not wire.seam._opens
+
+
 def test_notification_that_attributes_changed(wire: Wire) -> None:
     wire.seam.attributes_changed(42)
     size, code, unique = OUT_HEADER.unpack(notification := wire.kernel.recv(1 << 20)[:16])

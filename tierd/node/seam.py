@@ -8,6 +8,7 @@ with an unmodified pyfuse3"). On the way the seam
   one write to the device per request, no event loop, no copy in Python;
 - raises `max_background` in the reply to INIT, whose default of 12 lets stalled reads block a mount;
 - sets FOPEN_NOFLUSH in the reply to a read-only OPEN, so that its close costs no request;
+- answers requests whose caller gave up (`giving_up.py`), which pyfuse3 does not;
 - negotiates passthrough and puts the backing ID into the reply to an OPEN that shall use it.
 
 Message formats: include/uapi/linux/fuse.h, protocol 7.38. Knows nothing of files or names.
@@ -37,6 +38,7 @@ import structlog
 from tierd.node.backings import Backings
 from tierd.node.device import RESEND, unmount
 from tierd.node.estate import Said
+from tierd.node.giving_up import WaitingOpens, release_message
 from tierd.node.ledger import RESENT, Ledger
 from tierd.node.messages import (
     BATCH_FORGET,
@@ -194,6 +196,7 @@ class Seam:
         self.backings = Backings(device, self._ledger)
         self._backing_of_open: dict[int, int] = {}
         self._read_only_opens: set[int] = set()
+        self._opens = WaitingOpens()
         self._init_unique: int | None = None
         self._replayed = False
         self.resent = 0
@@ -386,6 +389,7 @@ class Seam:
         if opcode in TELLING:
             self._awaited[unique] = opcode
         if opcode == OPEN:
+            self._opens.sent(unique, IN_HEADER.unpack_from(message)[3])
             (flags,) = OPEN_IN_FLAGS.unpack_from(message, IN_HEADER.size)
             if flags & os.O_ACCMODE == os.O_RDONLY:
                 self._read_only_opens.add(unique)
@@ -431,9 +435,12 @@ class Seam:
         return True
 
     def _watch_short(self) -> None:
-        """Send requests whose pump hangs in the source the long way, which has a deadline and other answers."""
+        """Send requests whose pump hangs in the source the long way, which has a deadline and other answers; end the
+        waiting of callers who gave up."""
         while not self._closed:
             time.sleep(_SHORT_SECONDS / 2)
+            for unique in self._opens.take_given_up():
+                self._answer_interrupted(unique)
             late = time.monotonic() - _SHORT_SECONDS
             for unique, (since, message) in list(self._short.items()):
                 if since < late and self._short.pop(unique, None) is not None:
@@ -498,9 +505,14 @@ class Seam:
             self._queue(read)
 
     def _interrupt(self, unique: int) -> None:
-        """Somebody gave up waiting: a READ that is parked is answered at once, others will be soon enough."""
+        """Somebody gave up waiting: a READ that is parked is answered at once, an OPEN if it takes long."""
         if self._parked.pop(unique, None) is not None:
-            self._answer([memoryview(OUT_HEADER.pack(OUT_HEADER.size, -errno.EINTR, unique))])
+            self._answer_interrupted(unique)
+        else:
+            self._opens.interrupted(unique)
+
+    def _answer_interrupted(self, unique: int) -> None:
+        self._answer([memoryview(OUT_HEADER.pack(OUT_HEADER.size, -errno.EINTR, unique))])
 
     # --- libfuse to kernel ---
 
@@ -509,6 +521,10 @@ class Seam:
         view = memoryview(buffer)
         while size := self._ours.recv_into(buffer):
             _, error, unique = OUT_HEADER.unpack_from(buffer)
+            given_up = self._opens.answered(unique)
+            if given_up is not None:
+                self._undo_open(buffer, given_up)
+                continue
             if unique in self._read_only_opens:
                 self._read_only_opens.discard(unique)
                 if error == 0:
@@ -523,6 +539,14 @@ class Seam:
             if opcode is not None and error == 0:
                 self._ledger.said(unique, *told_by(opcode, view[:size]))
             self._answer([view[:size]])
+
+    def _undo_open(self, reply: bytearray, node_id: int) -> None:
+        """The kernel was told EINTR: it will never release what was opened."""
+        _, error, unique = OUT_HEADER.unpack_from(reply)
+        self._read_only_opens.discard(unique)
+        self._awaited.pop(unique, None)
+        if error == 0:
+            self._forward(memoryview(release_message(unique, node_id, handle_in(reply))))
 
     def _answer(self, parts: list[memoryview]) -> None:
         """Write one message to the device. ENOENT: the request was interrupted or aborted; nobody waits for it."""
