@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import trio
 
+STALL_SECONDS_MAX = 120.0
 Kind = Literal["stall", "fail", "short", "delay"]
 
 
@@ -23,14 +24,15 @@ class Rule:
     """What happens to operations `ops` (none: to all) on paths like `path`, relative to the source.
 
     `probability` decides of each anew, by `seed`. `times_per_path` bounds how often it happens to one path.
-    `number` is the errno of a failure, `seconds` the length of a delay.
+    `number` is the errno of a failure, `seconds` the length of a delay, or at most of a stall: a test that hangs
+    in its own stall must come to its end.
     """
 
     kind: Kind
     ops: tuple[str, ...] = ()
     path: str = "*"
     number: int = errno.EIO
-    seconds: float = 0.0
+    seconds: float = STALL_SECONDS_MAX
     probability: float = 1.0
     seed: int = 0
     times_per_path: int | None = None
@@ -98,10 +100,9 @@ class Faults:
         self.injected[f"{rule.kind} {op}"] += 1
         if rule.kind == "stall":
             self.stalled[op] += 1
-            try:
+            with trio.move_on_after(rule.seconds):
                 await active.over.wait()
-            finally:
-                self.stalled[op] -= 1
+            self.stalled[op] -= 1
         elif rule.kind == "delay":
             await trio.sleep(rule.seconds)
         else:

@@ -25,7 +25,7 @@ import pyfuse3
 import trio
 
 from bench import guard
-from tests.faults import Faults, Rule
+from tests.faults import STALL_SECONDS_MAX, Faults, Rule
 from tests.faulty_fs import FaultyOperations, Settings
 from tests.mounts import REPOSITORY, is_mounted, wait_until
 
@@ -122,9 +122,9 @@ class FaultySource:
         number: int = self._ask(do="add", rule=asdict(rule))
         return number
 
-    def stall(self, *ops: str, path: str = "*") -> int:
+    def stall(self, *ops: str, path: str = "*", seconds: float = STALL_SECONDS_MAX) -> int:
         """Do not answer such operations (none named: all) until released; the number of the rule."""
-        return self._add(Rule("stall", ops, path))
+        return self._add(Rule("stall", ops, path, seconds=seconds))
 
     @contextmanager
     def stalling(self, *ops: str, path: str = "*") -> Iterator[None]:
