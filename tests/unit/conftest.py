@@ -52,7 +52,7 @@ class Reads:
         del self.targets[fh]
         self.passed_through.pop(fh, None)
 
-    def attributes_changed(self, node_id: int) -> None:
+    def content_changed(self, node_id: int) -> None:
         """The kernel would ask again."""
         self.changed.append(node_id)
 

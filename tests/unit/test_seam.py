@@ -271,10 +271,11 @@ def test_a_signal_does_not_end_an_open_that_takes_a_moment(wire: Wire) -> None:
     assert not wire.seam._opens
 
 
-def test_notification_that_attributes_changed(wire: Wire) -> None:
-    wire.seam.attributes_changed(42)
-    size, code, unique = OUT_HEADER.unpack(notification := wire.kernel.recv(1 << 20)[:16])
-    assert (size, code, unique) == (40, 2, 0), notification
+def test_notification_that_content_changed(wire: Wire) -> None:
+    wire.seam.content_changed(42)
+    notification = wire.kernel.recv(1 << 20)
+    assert OUT_HEADER.unpack_from(notification) == (40, 2, 0)
+    assert struct.unpack_from("=Qqq", notification, OUT_HEADER.size) == (42, 0, 0), "all pages of the node"
 
 
 def test_largest_messages_pass(wire: Wire, tmp_path: Path) -> None:

@@ -65,8 +65,9 @@ class ReadPath(Protocol):
     def stop_reads(self, fh: int) -> None:
         """The handle was released."""
 
-    def attributes_changed(self, node_id: int) -> None:
-        """The kernel must ask for the attributes again, its size above all. May block."""
+    def content_changed(self, node_id: int) -> None:
+        """The kernel drops its pages of a node, and asks for the attributes again, its size above all. Waits for READs
+        of the node."""
 
     def drop_pages(self, node_id: int) -> None:
         """The kernel need not keep its cached pages of a node."""
@@ -364,7 +365,8 @@ class Files(Reach):
         packed = pack(found.version)
         changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
         if changed and (node.retired or self._is_young(node)) and not _reads_a_version(node):
-            await self._run(self._reads.attributes_changed, node.id)
+            # Here and now: another open of the new version may be answered, with keep_cache, before this one is.
+            await self._run(self._reads.content_changed, node.id, limiter=self.open_limit)
             self._withdraw(node)
         elif changed or self._excluded(node, flags):
             await self._send_back(node, found, flags)

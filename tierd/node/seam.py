@@ -263,9 +263,9 @@ class Seam:
         (unsent,) = struct.unpack("=i", fcntl.ioctl(self.libfuse_fd, _SIOCOUTQ, b"\0\0\0\0"))
         return bool(unsent > self._room // 2)
 
-    def attributes_changed(self, node_id: int) -> None:
-        """FUSE_NOTIFY_INVAL_INODE for the attributes alone. May block: not for the event loop or a pump."""
-        self._answer([memoryview(invalidate(node_id, pages=False))])
+    def content_changed(self, node_id: int) -> None:
+        """FUSE_NOTIFY_INVAL_INODE for attributes and pages. Waits for READs: not for the event loop or a pump."""
+        self._answer([memoryview(invalidate(node_id))])
 
     def drop_pages(self, node_id: int) -> None:
         """Have the kernel drop its cached pages of a node, some time soon and from a thread of its own."""
@@ -277,7 +277,7 @@ class Seam:
     def _notify(self) -> None:
         """FUSE_NOTIFY_INVAL_INODE waits for READs in work, so neither a pump nor the event loop may send it."""
         while (node_id := self._notices.get()) is not None:
-            self._answer([memoryview(invalidate(node_id, pages=True))])
+            self.content_changed(node_id)
 
     def serve_reads(self, fh: int, target: ReadTarget) -> None:
         """From now on READs of handle `fh` are answered from `target`."""
