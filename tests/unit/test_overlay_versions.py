@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Awaitable, Callable
 
@@ -313,3 +314,21 @@ async def test_readers_beside_a_writer_keep_their_node(bench: Bench) -> None:
     for opened in (reader, writer, again):
         await bench.overlay.release(opened.fh)
     assert bench.overlay.retired == 0
+
+
+async def test_a_replaced_file_is_not_opened_by_those_who_have_it(bench: Bench, mock_clock: MockClock) -> None:
+    """Found by overwriting: the first open saw that the name means another file, the next one got the old file."""
+    (bench.beneath / "a").write_bytes(b"old")
+    opened = await bench.kernel.open(b"a")
+    node = bench.overlay.files[opened.fh].node
+    node_id, node.young_until = node.id, math.inf
+    (bench.beneath / "new").write_bytes(b"new")
+    (bench.beneath / "new").rename(bench.beneath / "a")
+    for _ in range(3):
+        assert await number_of(bench.overlay.open(node_id, os.O_RDONLY, CALLER)) == "ESTALE"
+    assert await bench.kernel.read_file(b"a") == b"new"
+    mock_clock.jump(YOUNG_SECONDS)
+    again = await bench.overlay.open(node_id, os.O_RDONLY, CALLER)  # as through /proc/self/fd, some time later
+    assert await bench.overlay.read(again.fh, 0, 10) == b"old"
+    for fh in (opened.fh, again.fh):
+        await bench.overlay.release(fh)

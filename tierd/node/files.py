@@ -356,8 +356,14 @@ class Files(Reach):
     # --- from the source ---
 
     async def _open_source(self, node: Node, flags: int, caller: Caller) -> OpenedFile:
-        """The name is asked even if the inode is open already: it may mean another file by now."""
+        """The name is asked even if the inode is open already: it may mean another file by now.
+
+        A node whose name was just found to mean another file is not opened by its handles: until the kernel has looked
+        the name up again for the one who found it, others come here by that name, too.
+        """
         unlinked = node.parent is None and node.handles
+        if unlinked and trio.current_time() < node.moved_at + YOUNG_SECONDS:
+            raise Moved
         reach = self._by_handle if unlinked else self._by_name
         path = self._path_to_fill(node, flags)
         found = await reach(node, self._open_blocking, flags, caller.pid, path, self._fh(), limiter=self.open_limit)

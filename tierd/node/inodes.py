@@ -11,6 +11,7 @@ Contract: used from the trio thread only, and no method awaits, so each call is 
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -39,12 +40,13 @@ class Node:
     them that wrote something, `backed` those that the kernel serves by itself (passthrough; it allows no
     others beside them), from the node tier's `copy` or, if that is None, from the source. Slots, because a walk
     over 100,000 files makes 100,000 of them. `attributes`, the last ones seen, are kept of directories and of files
-    that the node tier has: they are told when the source does not answer.
+    that the node tier has: they are told when the source does not answer. `moved_at` is when it was last found that
+    a name no longer means it.
     """
 
     __slots__ = (
-        "attributes", "backed", "copy", "dirty", "handles", "id", "key", "lookups", "name", "others", "parent",
-        "retired", "version", "young_until",
+        "attributes", "backed", "copy", "dirty", "handles", "id", "key", "lookups", "moved_at", "name", "others",
+        "parent", "retired", "version", "young_until",
     )  # fmt: skip
 
     def __init__(self, node_id: int, key: Key, parent: Node | None, name: bytes) -> None:
@@ -62,6 +64,7 @@ class Node:
         self.handles: list[Handle] | None = None
         self.retired = False
         self.young_until = 0.0
+        self.moved_at = -math.inf
 
     def names(self) -> Iterator[tuple[Node, bytes]]:
         """All names known, the latest first."""

@@ -144,6 +144,7 @@ class Reach:
             except Moved:
                 self.inodes.drop_name(node, parent, name)
                 self._note_replaced(parent, name)
+                node.moved_at = trio.current_time()
         raise Moved
 
     def _note_replaced(self, parent: Node, name: bytes) -> None:
