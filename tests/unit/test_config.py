@@ -261,7 +261,7 @@ def test_control_characters_in_a_value_stay_on_one_line(yaml_file: Path) -> None
 def mount_options() -> dict[str, Any]:
     """The options of `tierd mount` that are settings, by name."""
     command = typer.main.get_command(app).commands["mount"]  # type: ignore[attr-defined]
-    own = {"background_", "config", "ready_fd", "template_fd", "source", "mountpoint", "help"}
+    own = {"background_", "config", "ready_fd", "template_fd", "attach", "source", "mountpoint", "help"}
     return {option.name: option for option in command.params if option.name not in own}
 
 

@@ -22,7 +22,7 @@ from tierd import __version__
 from tierd.config import MountSettings
 from tierd.errors import DaemonError, TierdError, UsageError
 from tierd.metrics import Metrics, TierMetrics
-from tierd.node import admin, estate, fuse, preflight, standin
+from tierd.node import admin, estate, fuse, preflight
 from tierd.node.answers import answers, iso_time
 from tierd.node.caller import keep_capabilities
 from tierd.node.heir import Heir, inherit, intents_of
@@ -33,7 +33,7 @@ from tierd.node.keeping import Keeping
 from tierd.node.ledger import Ledger
 from tierd.node.once import Once
 from tierd.node.overlay import Overlay
-from tierd.node.packets import ADMIN_LISTENER, LEDGER, METRICS_LISTENER, MISSED, SOURCE_ROOT
+from tierd.node.packets import ADMIN_LISTENER, LEDGER, METRICS_LISTENER, SOURCE_ROOT
 from tierd.node.recorder import ModelDirs, Recorder
 from tierd.node.seam import Inheritance, Seam
 from tierd.node.sources import PosixSource, Root
@@ -231,8 +231,7 @@ class Daemon:
             left,
             self._keeping.restarts,
         )
-        missed = standin.missed(held[MISSED]) if MISSED in held else []
-        return Inheritance(left.init, left.doubtful, missed)
+        return Inheritance(left.init, left.doubtful)
 
     async def _serve_mount(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -101,6 +101,13 @@ def offer(template: socket.socket, fd: int) -> bool:
     return True
 
 
+def hush() -> None:
+    """Whoever waits for the end of our standard error shall see it."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)
+    os.close(null)
+
+
 def log_plainly(event: str, level: str, facts: Mapping[str, object], *, file: str | None, as_json: bool) -> None:
     """One line as the daemon logs them, to a file or standard error; never an error of its own."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() // 1000 % 10**6:06d}Z"

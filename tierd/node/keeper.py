@@ -19,8 +19,8 @@ from contextlib import suppress
 from typing import Any, NoReturn, cast
 
 from tierd.node.device import MountError
-from tierd.node.handing import become, clean_up, descriptors, give, log_plainly, offer, start_template, state_from
-from tierd.node.packets import LEDGER, MISSED, is_ours, pair, receive, send, send_held
+from tierd.node.handing import become, clean_up, descriptors, give, hush, log_plainly, offer, start_template, state_from
+from tierd.node.packets import LEDGER, is_ours, pair, receive, send, send_held
 from tierd.node.peer import Peer, Succession
 from tierd.node.vault import Vault
 
@@ -146,10 +146,11 @@ class Keeper:
 
     def ready(self, peer: Peer, *, resend: bool) -> None:
         peer.ready_at, self.state["resend"], self.state["served"] = time.monotonic(), resend, True
-        self.vault.drop(MISSED)
         if self.state["quiet"] and self.template is not None:
-            os.dup2(os.open(os.devnull, os.O_RDWR), 2)
-            send(self.template, b"q")
+            self.state["quiet"] = False
+            hush()
+            with suppress(OSError):
+                send(self.template, b"q")
         self.answer(pid=peer.pid, keeper_pid=os.getpid(), restarts=self.state["restarts"])
 
     def gone(self, peer: Peer) -> None:
@@ -176,8 +177,9 @@ class Keeper:
         delay = self.succession.died(now - peer.ready_at if peer.ready_at else 0.0)
         if self.succession.hopeless and self.state["resend"]:
             delay = RETRY_SECONDS
-            self.handlers[self.vault.device] = self.vault.stand_by().answer
-            self.poll.register(self.vault.device, select.POLLIN)
+            stand_in = self.vault.stand_by()
+            self.handlers[stand_in.fileno()] = stand_in.answer
+            self.poll.register(stand_in, select.POLLIN)
             self.log("daemon_keeps_dying", "error", callers_get="EIO", next_start_in_seconds=delay)
         self.start_at = now + delay
         quick_deaths = self.succession.quick_deaths
@@ -185,8 +187,9 @@ class Keeper:
         self.log(event, level, pid=peer.pid, restarts=self.state["restarts"], quick_deaths=quick_deaths)
 
     def relieve(self) -> None:
-        if self.handlers.pop(self.vault.device, None):
-            self.poll.unregister(self.vault.device)
+        if self.vault.stand_in is not None:
+            del self.handlers[self.vault.stand_in.fileno()]
+            self.poll.unregister(self.vault.stand_in)
         self.vault.relieve()
 
     def accept(self, listener: socket.socket) -> None:

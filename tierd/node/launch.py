@@ -41,6 +41,7 @@ def launch(
     code. `start_log` is called once nothing can be refused any longer. `quiet`: standard error is somebody's who waits
     for its end.
     """
+    preflight.raise_descriptor_limit()  # a keeper has as many files as all its daemons
     checked = preflight.check_paths(settings)
     preflight.check_fuse(allow_other=allows_other(settings))
     with ExitStack() as stack:

@@ -22,7 +22,6 @@ from typing import Final
 
 DEVICE: Final = 1
 LEDGER: Final = 2
-MISSED: Final = 3
 METRICS_LISTENER: Final = 4
 ADMIN_LISTENER: Final = 5
 SOURCE_ROOT: Final = 6

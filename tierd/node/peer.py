@@ -18,6 +18,7 @@ DYING_SECONDS: Final = 1.0
 QUICK_SECONDS: Final = 1.0
 QUICK_DEATHS_MAX: Final = 6
 _BACK_OFF_SECONDS = 0.2
+_BACK_OFF_SECONDS_MAX = 30.0
 
 
 class Peer:
@@ -67,7 +68,9 @@ class Succession:
     def died(self, served_seconds: float) -> float:
         """Seconds to wait; `served_seconds` is how long the daemon had been ready, 0 if it never was."""
         self.quick_deaths = self.quick_deaths + 1 if served_seconds < QUICK_SECONDS else 0
-        return _BACK_OFF_SECONDS * 2.0 ** (self.quick_deaths - 2) if self.quick_deaths > 1 else 0.0
+        if self.quick_deaths < 2:
+            return 0.0
+        return min(_BACK_OFF_SECONDS_MAX, _BACK_OFF_SECONDS * 2.0 ** min(self.quick_deaths - 2, 60))
 
     @property
     def hopeless(self) -> bool:

@@ -29,7 +29,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -143,11 +143,10 @@ class _Read(NamedTuple):
 
 class Inheritance(NamedTuple):
     """What the daemon before this one left to the seam: the kernel's INIT request, replies that may not have been
-    delivered, by unique, and requests that came when there was no daemon and need no answer."""
+    delivered, by unique."""
 
     init: bytes
     doubtful: Mapping[int, Said]
-    missed: Sequence[bytes]
 
 
 class Seam:
@@ -236,8 +235,6 @@ class Seam:
             self._doubtful.update(left.doubtful)
             self._replayed = True
             self._forward(memoryview(self._take_init(bytearray(left.init))))
-            for message in left.missed:
-                self._forward(memoryview(message))
             os.write(self.device, RESEND)  # first of all: it would resend what was already read here, too
         for thread in self._threads:
             thread.start()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from tierd.node import packets
+from tierd.node.handing import hush
 
 
 def serve(sock: socket.socket, daemon: Callable[[socket.socket], int]) -> int:
@@ -28,7 +29,7 @@ def serve(sock: socket.socket, daemon: Callable[[socket.socket], int]) -> int:
         if not message:
             return 0
         if message == b"q":
-            _hush()
+            hush()
         elif message == b"f":
             if os.fork() == 0:
                 _become_daemon(sock, fds[0], daemon)
@@ -47,10 +48,3 @@ def _become_daemon(template: socket.socket, fd: int, daemon: Callable[[socket.so
     finally:
         sys.stderr.flush()
         os._exit(code)
-
-
-def _hush() -> None:
-    """Whoever waits for the end of our standard error shall see it."""
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 2)
-    os.close(null)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from contextlib import suppress
 
 from tierd.node.device import open_device, unmount
-from tierd.node.packets import DEVICE, FIRST_HANDLE, LEDGER, LOCKS, MISSED
+from tierd.node.ledger import Ledger
+from tierd.node.packets import DEVICE, FIRST_HANDLE, LEDGER, LOCKS
 from tierd.node.standin import StandIn
 
 
@@ -46,7 +48,8 @@ class Vault:
 
     def _close_slowly(self) -> None:
         while True:
-            os.close(self._closing.get())
+            with suppress(OSError):  # what was written late is lost, close(2); the others are to be closed nevertheless
+                os.close(self._closing.get())
 
     def for_daemons(self) -> dict[int, int]:
         """What every daemon gets. Not the locks: one that cannot die would hold them for ever."""
@@ -55,19 +58,19 @@ class Vault:
     def remount(self) -> None:
         """Begin anew: requests in work fail, open files are lost. Raises MountError."""
         unmount(self._mountpoint)
-        for key in [key for key in self.held if key in (DEVICE, LEDGER, MISSED) or key >= FIRST_HANDLE]:
+        for key in [key for key in self.held if key in (DEVICE, LEDGER) or key >= FIRST_HANDLE]:
             self.drop(key)
         self.held[DEVICE] = open_device(self._mountpoint, allow_other=self._allow_other)
 
     def stand_by(self) -> StandIn:
         """Nobody else answers the kernel for now."""
-        self.stand_in = StandIn(self.device)
+        self.stand_in = StandIn(self.device, Ledger(os.dup(self.held[LEDGER])))
         return self.stand_in
 
     def relieve(self) -> None:
-        """A daemon answers again, and shall see what the stand-in kept for it."""
+        """A daemon answers again."""
         if self.stand_in is not None:
-            self.hold(MISSED, self.stand_in.missed)
+            self.stand_in.close()
             self.stand_in = None
 
     def unmount(self) -> None:
