@@ -37,6 +37,7 @@ class Reads:
     def __init__(self) -> None:
         self.targets: dict[int, ReadTarget] = {}
         self.changed: list[int] = []
+        self.asked_again: list[int] = []
         self.dropped: list[int] = []
         self.offers = False
         self.backed: Counter[int] = Counter()
@@ -51,6 +52,10 @@ class Reads:
         """The handle was released."""
         del self.targets[fh]
         self.passed_through.pop(fh, None)
+
+    def attributes_changed(self, node_id: int) -> None:
+        """The kernel would ask again."""
+        self.asked_again.append(node_id)
 
     def content_changed(self, node_id: int) -> None:
         """The kernel would ask again."""

@@ -69,6 +69,9 @@ class ReadPath(Protocol):
         """The kernel drops its pages of a node, and asks for the attributes again, its size above all. Waits for READs
         of the node."""
 
+    def attributes_changed(self, node_id: int) -> None:
+        """The kernel must ask for the attributes again, its size above all. May block."""
+
     def drop_pages(self, node_id: int) -> None:
         """The kernel need not keep its cached pages of a node."""
 

@@ -137,6 +137,6 @@ def set_pid(request: memoryview, pid: int) -> None:
     _PID.pack_into(request, _PID_AT, pid)
 
 
-def invalidate(node_id: int) -> bytes:
-    """FUSE_NOTIFY_INVAL_INODE: the kernel drops the attributes of a node, and all its pages."""
-    return _INVAL_INODE.pack(_INVAL_INODE.size, _NOTIFY_INVAL_INODE, 0, node_id, 0, 0)
+def invalidate(node_id: int, *, pages: bool) -> bytes:
+    """FUSE_NOTIFY_INVAL_INODE: the kernel drops the attributes of a node, and all its pages or none."""
+    return _INVAL_INODE.pack(_INVAL_INODE.size, _NOTIFY_INVAL_INODE, 0, node_id, 0 if pages else -1, 0)

@@ -262,7 +262,11 @@ class Seam:
 
     def content_changed(self, node_id: int) -> None:
         """FUSE_NOTIFY_INVAL_INODE for attributes and pages. Waits for READs: not for the event loop or a pump."""
-        self._answer([memoryview(invalidate(node_id))])
+        self._answer([memoryview(invalidate(node_id, pages=True))])
+
+    def attributes_changed(self, node_id: int) -> None:
+        """The same for the attributes alone: waits for no READ. May block: not for the event loop or a pump."""
+        self._answer([memoryview(invalidate(node_id, pages=False))])
 
     def drop_pages(self, node_id: int) -> None:
         """Have the kernel drop its cached pages of a node, some time soon and from a thread of its own."""
