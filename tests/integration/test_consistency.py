@@ -182,7 +182,7 @@ def test_readers_of_a_file_that_is_replaced_all_the_time(tree: Tree) -> None:
     """Every open succeeds and reads one version, whole (JuiceFS 0.14 itself mixes versions at this pace).
 
     The kernel looks a name up again once per open; replaced twice in that millisecond, it is ESTALE (JuiceFS: or
-    ENOENT), as docs/SEMANTICS.md says: at this pace of 20 ms less than one open in 8.
+    ENOENT), as docs/SEMANTICS.md says: at this pace of 20 ms less than one open in 10.
     """
     path = tree.beneath / "busy"
     path.write_bytes(b"\1" * 1000)
@@ -200,7 +200,7 @@ def test_readers_of_a_file_that_is_replaced_all_the_time(tree: Tree) -> None:
     again = [wrong for wrong in rewriter.wrong if "OSError(116" in wrong or "FileNotFoundError" in wrong]
     assert rewriter.wrong == again
     print(f"{len(again)} of {opens(tree)} opens failed")
-    assert len(again) < opens(tree) / 4
+    assert len(again) < opens(tree) / 10
     assert (tree.top / "busy").read_bytes() == path.read_bytes()
 
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tierd.node.inodes import InodeTable, Node, pack
+from tierd.node.inodes import InodeTable, Node, pack, same_content, unpack
 from tierd.node.ledger import ROOT_ID
 from tierd.node.sources import Moved, Version
 
@@ -380,3 +380,12 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=50, stateful_step_count=40)
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(-(2**63), 2**63 - 1), st.integers(-(2**63), 2**63 - 1))
+def test_versions_come_out_as_they_went_in(size: int, mtime_ns: int, ctime_ns: int) -> None:
+    version = Version(size, mtime_ns, ctime_ns)
+    assert unpack(pack(version)) == version
+    assert same_content(pack(version), pack(version._replace(ctime_ns=0)))
+    assert not same_content(pack(version), pack(version._replace(mtime_ns=mtime_ns ^ 1)))
+    assert not same_content(pack(version), pack(version._replace(size=size ^ 1)))

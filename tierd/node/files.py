@@ -23,12 +23,13 @@ from tierd.node.caller import pod_of
 from tierd.node.fill import Fill
 from tierd.node.handles import FileHandle
 from tierd.node.hot import Event, HotFiles, HotName
-from tierd.node.inodes import Node, pack
+from tierd.node.inodes import Node, pack, same_content, unpack
 from tierd.node.journal import Closed, Journal, Opened
 from tierd.node.ledger import HANDLE, HandleRecord, Ledger
 from tierd.node.once import Once
 from tierd.node.packets import FIRST_HANDLE
 from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, Reach, of_source
+from tierd.node.retries import SecondTries, close_soon
 from tierd.node.seam import ReadTarget
 from tierd.node.sources import (
     Creator,
@@ -154,6 +155,7 @@ class Files(Reach):
         self._hot = hot
         self.files: dict[int, FileHandle] = {}
         self._next_fh = FIRST_HANDLE
+        self.second_tries = SecondTries()
         self.retired = 0
         """Nodes retired because an open needed another content or another way of reading."""
 
@@ -186,11 +188,19 @@ class Files(Reach):
         """Open a file. Raises ESTALE when the kernel shall look the name up again."""
         self.take_events()
         node = self.inodes.get(node_id)
+        kept = self.second_tries.take(caller.pid, node_id)
         opened = None
-        if self._tier is not None and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
-            opened = await self._open_copy(node, self._tier, caller)
-        if opened is None:
-            opened = await self._open_source(node, flags, caller)
+        try:
+            if self._tier is not None and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
+                opened = await self._open_copy(node, self._tier, caller)
+            if opened is None:
+                opened = await self._open_source(node, flags, caller, kept)
+        except Moved:
+            self.second_tries.sent_back(caller.pid)
+            raise
+        finally:
+            if kept is not None:
+                close_soon(kept)
         self._note(self.files[opened.fh])
         return opened
 
@@ -358,22 +368,13 @@ class Files(Reach):
 
     # --- from the source ---
 
-    async def _open_source(self, node: Node, flags: int, caller: Caller) -> OpenedFile:
-        """The name is asked even if the inode is open already: it may mean another file by now.
-
-        A node whose name was just found to mean another file is not opened by its handles: until the kernel has looked
-        the name up again for the one who found it, others come here by that name, too.
-        """
-        unlinked = node.parent is None and node.handles
-        if unlinked and trio.current_time() < node.moved_at + YOUNG_SECONDS:
-            raise Moved
-        reach = self._by_handle if unlinked else self._by_name
-        path = self._path_to_fill(node, flags)
-        found = await reach(node, self._open_blocking, flags, caller.pid, path, self._fh(), limiter=self.open_limit)
+    async def _open_source(self, node: Node, flags: int, caller: Caller, kept: int | None) -> OpenedFile:
+        found = await self._reach_to_open(node, flags, caller, kept)
         self._withdraw(node)
         packed = pack(found.version)
         changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
-        if changed and (node.retired or self._is_young(node)) and not _reads_a_version(node):
+        settling = node.retired or self._is_young(node) or kept is not None
+        if changed and settling and not _reads_a_version(node):
             # Here and now: another open of the new version may be answered, with keep_cache, before this one is.
             await self._run(self._reads.content_changed, node.id, limiter=self.open_limit)
             self._withdraw(node)
@@ -389,6 +390,31 @@ class Files(Reach):
             if node.backed or (large and not node.retired and not self._is_young(node)):
                 self._pass_through_source(handle)
         return OpenedFile(handle.fh, not changed)
+
+    async def _reach_to_open(self, node: Node, flags: int, caller: Caller, kept: int | None) -> _Reached:
+        """By what was `kept` for this open; else by name, even if the inode is open: it may mean another file by now.
+
+        A node whose name was just found to mean another file is not opened by its handles: until the kernel has looked
+        the name up again for the one who found it, others come here by that name, too.
+        """
+        args = (flags, caller.pid, self._path_to_fill(node, flags), self._fh())
+        if kept is not None:
+            ref = Ref(kept, None, node.key)
+            return await self._run(self._open_kept, ref, node.version, *args, limiter=self.open_limit)
+        unlinked = node.parent is None and node.handles
+        if unlinked and trio.current_time() < node.moved_at + YOUNG_SECONDS:
+            raise Moved
+        reach = self._by_handle if unlinked else self._by_name
+        return await reach(node, self._open_blocking, *args, limiter=self.open_limit)
+
+    def _open_kept(self, ref: Ref, known: int | None, flags: int, pid: int, path: bytes | None, fh: int) -> _Reached:
+        """A file that was removed or replaced since its lookup is no other version for that, and comes into no tier."""
+        if os.fstat(ref.fd).st_nlink > 0:
+            return self._open_blocking(ref, flags, pid, path, fh)
+        found = self._open_blocking(ref, flags, pid, None, fh)
+        if known is None or not same_content(known, pack(found.version)):
+            return found
+        return found._replace(version=unpack(known))
 
     def _path_to_fill(self, node: Node, flags: int) -> bytes | None:
         """Where the file lies, if it may come into the node tier by this open."""

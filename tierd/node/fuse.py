@@ -115,7 +115,7 @@ class FuseOperations(pyfuse3.Operations):
 
     @handler
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self.overlay.lookup(parent_inode, name))
+        return self._entry(await self.overlay.lookup(parent_inode, name, ctx.pid))
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for node_id, count in inode_list:

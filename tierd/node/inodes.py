@@ -78,6 +78,20 @@ def pack(version: Version) -> int:
     return (version.size << 128) | ((version.mtime_ns & _U64) << 64) | (version.ctime_ns & _U64)
 
 
+def unpack(packed: int) -> Version:
+    """The version that `pack` made one integer of. Times before 1970 come out as they went in."""
+    return Version(packed >> 128, _signed(packed >> 64 & _U64), _signed(packed & _U64))
+
+
+def same_content(packed: int, other: int) -> bool:
+    """Size and modification time are equal: what changed is at most the attributes, names included."""
+    return packed >> 64 == other >> 64
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
 _U64 = (1 << 64) - 1
 
 

@@ -33,7 +33,6 @@ class Keeper:
     def __init__(self, state: dict[str, Any]) -> None:
         self.state, self.succession, self.start_at = state, Succession(), 0.0
         self.poll, self.handlers = select.poll(), dict[int, Callable[[], None]]()
-        self.asker = cast(socket.socket | None, None)
         self.daemon = self.newer = cast(Peer | None, None)
         self.stop_by, self.exit_code = cast(float | None, None), cast(int | None, None)
         self.listener = socket.socket(fileno=state["listener"])
@@ -45,18 +44,17 @@ class Keeper:
             fd, pid, ready_at = state["daemon"]
             self.daemon = self.attach(socket.socket(fileno=fd), pid, ready_at)
             self.daemon.tell(b"k%d" % os.getpid())
-        if state["asker"] is not None:
-            self.asker = socket.socket(fileno=state["asker"])
+        self.asker = None if state["asker"] is None else socket.socket(fileno=state["asker"])
+        if self.asker is not None:
             self.upgrade()
 
     def log(self, event: str, level: str = "info", **facts: object) -> None:
         if level in self.state["log_levels"]:
             log_plainly(event, level, facts, file=self.state["log_file"], as_json=self.state["log_json"])
 
-    def watch(self, sock: socket.socket, handler: Callable[[socket.socket], None]) -> socket.socket:
+    def watch(self, sock: socket.socket, handler: Callable[[socket.socket], None]) -> None:
         self.handlers[sock.fileno()] = lambda: handler(sock)
         self.poll.register(sock, select.POLLIN)
-        return sock
 
     def unwatch(self, sock: socket.socket) -> None:
         if self.handlers.pop(sock.fileno(), None):
@@ -182,9 +180,8 @@ class Keeper:
             self.poll.register(stand_in, select.POLLIN)
             self.log("daemon_keeps_dying", "error", callers_get="EIO", next_start_in_seconds=delay)
         self.start_at = now + delay
-        quick_deaths = self.succession.quick_deaths
         event, level = ("daemon_left", "info") if peer.leaving else ("daemon_died", "warning")
-        self.log(event, level, pid=peer.pid, restarts=self.state["restarts"], quick_deaths=quick_deaths)
+        self.log(event, level, pid=peer.pid, restarts=self.state["restarts"], quick_deaths=self.succession.quick_deaths)
 
     def relieve(self) -> None:
         if self.vault.stand_in is not None:
@@ -227,13 +224,12 @@ class Keeper:
 
     def export(self) -> dict[str, Any]:
         """What another keeper needs to go on from here."""
-        daemon = self.daemon
         return {
             **self.state,
             "held": self.vault.held,
             "listener": self.listener.fileno(),
             "template": self.template.fileno() if self.template is not None else None,
-            "daemon": None if daemon is None else [daemon.sock.fileno(), daemon.pid, daemon.ready_at],
+            "daemon": self.daemon and [self.daemon.sock.fileno(), self.daemon.pid, self.daemon.ready_at],
             "asker": self.asker.fileno() if self.asker is not None else None,
         }
 

@@ -35,6 +35,7 @@ _AT_SYMLINK_NOFOLLOW = 0x100
 _STATX = struct.Struct("=4xI8xIIIH2xQQQ8xqI4x16xqI4xqI4xIIII112x")
 """struct statx of include/uapi/linux/stat.h: blksize, nlink, uid, gid, mode, ino, size, blocks, atime, ctime, mtime,
 rdev, dev; without mask, attributes and btime."""
+_RACES_MAX = 3
 _OPEN_FLAGS_KEPT = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 """What of a pod's open flags reaches the source. Never O_APPEND (the kernel gives the offset, and a
 repeated write must land on the same bytes) nor O_DIRECT (our buffers are not aligned)."""
@@ -369,6 +370,21 @@ class PosixSource:
     def lstat(self, dir_fd: int, name: bytes) -> os.stat_result:
         """Attributes of an entry, of the link itself if it is one."""
         return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+
+    def lstat_and_open(self, dir_fd: int, name: bytes) -> tuple[os.stat_result, int | None]:
+        """`lstat` of an entry and, if it is a regular file that can be had, a descriptor that holds that very file."""
+        for _ in range(_RACES_MAX):
+            st = self.lstat(dir_fd, name)
+            if not stat.S_ISREG(st.st_mode):
+                return st, None
+            try:
+                fd = self._open_checked(Ref(dir_fd, name, self.key(st)), os.O_RDONLY)
+                return os.fstat(fd), fd
+            except Moved:
+                continue  # replaced in between
+            except PermissionError:
+                return st, None  # whoever opens it is told
+        return self.lstat(dir_fd, name), None
 
     def list_names(self, dir_fd: int) -> list[bytes]:
         """All names in a directory, without `.` and `..`.
