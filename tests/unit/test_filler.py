@@ -10,6 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.unit.copies import (
+    MODEL,
     WAIT_SECONDS,
     ByHand,
     Reader,
@@ -137,6 +138,26 @@ def test_forget(shop: Shop) -> None:
         shop.want(filler, name, priority, model)
     filler.forget(b"m")
     assert [one.path for one in filler.queued()] == [b"b"]
+
+
+def test_what_is_forgotten_is_filled_no_further_unless_somebody_reads_it(shop: Shop) -> None:
+    """Found by `tierd evict`: the model came back by the fill that ran."""
+    shop.write("p", 4 * CHUNK)
+    data = shop.write("r", 2 * CHUNK)
+    filler = shop.filler(ByHand)
+    shop.want(filler, "p", Priority.PREFETCH)
+    for _ in range(3):  # opened, reserved, a chunk
+        filler.do(filler.take())
+    reader = shop.read(filler, "r")
+    filler.forget(MODEL)
+    assert [fill.path for fill in filler.active()] == [b"r"]
+    assert shop.ended.outcome() is Outcome.DROPPED
+    filler.finish()
+    assert reader.read(0, 2 * CHUNK) == data
+    assert (shop.copy_of("p"), shop.copy_of("r")) == (None, data)
+    assert shop.want(filler, "p", Priority.ASKED), "it may come again at once"
+    filler.finish()
+    assert shop.copy_of("p") is not None
 
 
 def test_prefetch_waits_while_readers_files_are_filled(shop: Shop) -> None:

@@ -31,13 +31,13 @@ class Chores:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """End after the jobs in work; the others are forgotten."""
+    def stop(self) -> bool:
+        """End after the jobs in work; the others are forgotten. False if one of those did not end."""
         with self._change:
             self._stopped = True
             self._waiting.clear()
             self._change.notify_all()
-        join_all(self._threads)
+        return join_all(self._threads)
 
     def add(self, key: Hashable, job: Callable[[], None]) -> None:
         """Run `job` soon, unless one with this key waits already."""
@@ -78,9 +78,12 @@ class Chores:
             return None
 
 
-def join_all(threads: Iterable[threading.Thread]) -> None:
-    """Wait for threads, as far as they were started, for two seconds in all; a source that stalls keeps its own."""
+def join_all(threads: Iterable[threading.Thread]) -> bool:
+    """Wait for threads, as far as they were started, for two seconds in all; a source that stalls keeps its own: False
+    then."""
+    threads = list(threads)
     deadline = time.monotonic() + _JOIN_SECONDS
     for thread in threads:
         if thread.ident is not None:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)

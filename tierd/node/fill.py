@@ -32,6 +32,7 @@ class Outcome(Enum):
     CHANGED = "changed"
     NO_SPACE = "no_space"
     REFUSED = "refused"
+    DROPPED = "dropped"
     FAILED = "failed"
 
 

@@ -101,8 +101,8 @@ class Filler:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Let the workers end after the block they are at; readers go on from the source."""
+    def stop(self) -> bool:
+        """Let the workers end after the block they are at; readers go on from the source. False if one did not."""
         with self._change:
             self._stopped = True
             fills = list(self._active.values())
@@ -112,13 +112,12 @@ class Filler:
             self._change.notify_all()
         for wait in freed:
             wait.resume()
-        join_all(self._threads)
+        all_ended = join_all(self._threads)
         for fill in fills:
             if fill.draft is not None:
                 self._store.abandon(fill.draft)
-            with self._change:
-                unused = fill.unused_fds()
-            close_all(unused)
+            self._close_unused(fill)
+        return all_ended
 
     # --- what is wanted ---
 
@@ -157,6 +156,10 @@ class Filler:
         """Fill nothing more of a model but what readers have open."""
         with self._change:
             self._wanted.forget(model)
+            unread = [f for f in self._active.values() if f.model == model and f.priority is not Priority.READER]
+        for fill in unread:
+            self._end(fill, Outcome.DROPPED, "its model was evicted")
+            self._close_unused(fill)
 
     @property
     def dropped(self) -> int:
@@ -374,6 +377,10 @@ class Filler:
     def _leave(self, fill: Fill) -> None:
         with self._change:
             fill.in_work -= 1
-            unused = fill.unused_fds()
             self._change.notify_all()
+        self._close_unused(fill)
+
+    def _close_unused(self, fill: Fill) -> None:
+        with self._change:
+            unused = fill.unused_fds()
         close_all(unused)

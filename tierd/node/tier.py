@@ -119,11 +119,16 @@ class NodeTier:
         self.chores.start()
         self.rechecks.start()
 
-    def stop(self) -> None:
-        """End the workers; fills that are not complete are lost."""
-        self.filler.stop()  # first: rechecks may wait for its bandwidth
-        self.rechecks.stop()
-        self.chores.stop()
+    def stop(self) -> bool:
+        """End the workers; fills that are not complete are lost. False if some still wait for the source."""
+        all_ended = self.filler.stop()  # first: rechecks may wait for its bandwidth
+        all_ended &= self.rechecks.stop()
+        return self.chores.stop() and all_ended
+
+    @property
+    def dropped(self) -> int:
+        """Chores that found no room: what they were about is seen to at the next open."""
+        return self.chores.dropped + self.rechecks.dropped
 
     # --- the read path ---
 
@@ -311,7 +316,7 @@ class NodeTier:
             log.info("filled", path=display(fill.path), bytes=fill.identity.size, seconds=round(seconds, 3))
             return
         self._note_reason(fill.model, reason)
-        tell = log.info if fill.outcome is Outcome.REFUSED else log.warning
+        tell = log.info if fill.outcome in (Outcome.REFUSED, Outcome.DROPPED) else log.warning
         tell("fill_ended", path=display(fill.path), outcome=fill.outcome.value, reason=reason)
         if fill.outcome is Outcome.NO_SPACE:
             self._space_needed()
@@ -324,6 +329,7 @@ class NodeTier:
 
     def _note_reason(self, model: bytes, reason: str) -> None:
         self._reasons[model] = reason
+        self._reasons.move_to_end(model)
         while len(self._reasons) > _REASONS_MAX:
             self._reasons.popitem(last=False)
 

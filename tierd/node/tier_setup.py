@@ -89,8 +89,8 @@ class TierParts:
     def stop(self) -> None:
         """End the workers. Blocking, for some seconds at most."""
         self.read_ahead.stop()
-        self.tier.stop()
-        self.store.close()
+        if self.tier.stop():
+            self.store.close()  # or it ends with the process: who still waits for the source must not meet other files
 
     def tasks(self) -> dict[str, Callable[[], Any]]:
         """What shall run for as long as the mount does."""
@@ -149,6 +149,7 @@ GAUGES: Final[dict[str, tuple[str, Callable[[TierParts], float]]]] = {
     "fills_active": ("Files on their way to the node.", lambda p: len(p.tier.filler.active())),
     "fills_queued": ("Files that wait for their turn.", lambda p: len(p.tier.filler.queued())),
     "fills_dropped": ("Files that did not fit into the queue.", lambda p: p.tier.filler.dropped),
+    "chores_dropped": ("Comparisons, renames and looks for siblings that found no room.", lambda p: p.tier.dropped),
     "fill_source_bytes": ("Bytes that fills read from the source.", lambda p: p.tier.filler.source_bytes),
     "read_ahead_bytes": ("Bytes brought into memory ahead of readers.", lambda p: p.read_ahead.requested_bytes),
     "read_ahead_skipped": ("Files left out for want of memory.", lambda p: p.read_ahead.skipped),
