@@ -20,7 +20,7 @@ from tests.unit.shop import shop, small, tap  # noqa: F401  (fixtures)
 from tests.unit.tiered import tiered  # noqa: F401  (a fixture)
 from tierd.node.journal import Journal
 from tierd.node.overlay import Overlay
-from tierd.node.seam import ReadTarget
+from tierd.node.reads import ReadTarget
 from tierd.node.sources import PosixSource
 from tierd.node.store import Store
 
@@ -193,7 +193,7 @@ def gate() -> Iterator[Gate]:
 @pytest.fixture(autouse=True)
 def _files_of_any_size_may_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest size that does is tested on real mounts (`test_locks_hold_between_readers_and_writers`)."""
-    monkeypatch.setattr("tierd.node.files.PASSTHROUGH_BYTES_MIN", 0)
+    monkeypatch.setattr("tierd.node.opens.PASSTHROUGH_BYTES_MIN", 0)
 
 
 @pytest.fixture

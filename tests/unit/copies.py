@@ -23,7 +23,7 @@ from tierd.node import store as store_module
 from tierd.node.copies import Copy, Damaged, Draft, Identity, Seal, checksum
 from tierd.node.fill import Fill, Outcome
 from tierd.node.filler import Filler
-from tierd.node.seam import ReadTarget
+from tierd.node.reads import ReadTarget
 from tierd.node.sources import forced_version
 from tierd.node.store import Store, opened
 

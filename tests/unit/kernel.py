@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from tierd.node.files import OpenedFile
 from tierd.node.ledger import ROOT_ID
+from tierd.node.opens import OpenedFile
 from tierd.node.overlay import Overlay
 from tierd.node.reach import Caller, Entry
 

@@ -18,12 +18,12 @@ from tests.unit.conftest import Bench, Reads
 from tests.unit.kernel import FakeKernel
 from tierd.node.backings import Backings
 from tierd.node.estate import Estate, Said, read
-from tierd.node.files import OpenedFile
 from tierd.node.heir import Heir, inherit, intents_of
 from tierd.node.hot import HotFiles
 from tierd.node.journal import Journal
 from tierd.node.ledger import RESENT, Ledger
 from tierd.node.once import Once
+from tierd.node.opens import OpenedFile
 from tierd.node.overlay import Overlay
 from tierd.node.reach import Caller, Entry
 from tierd.node.sources import PosixSource

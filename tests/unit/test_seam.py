@@ -14,7 +14,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from tierd.node.messages import MAX_BACKGROUND
-from tierd.node.seam import ReadTarget, Seam
+from tierd.node.reads import ReadTarget
+from tierd.node.seam import Seam
 
 IN_HEADER = struct.Struct("=IIQQIIIHH")
 OUT_HEADER = struct.Struct("=IiQ")

@@ -13,7 +13,10 @@ import pytest
 
 from tests.unit.test_seam import INTERRUPT, LOOKUP, NOFLUSH, OPEN, PASSTHROUGH, RELEASE, SECONDS, Wire
 from tierd.node import seam as seam_module
-from tierd.node.seam import _PUMPS_IN, ReadTarget
+from tierd.node import short_answers as short_module
+from tierd.node.reads import ReadTarget
+from tierd.node.seam import _PUMPS_IN
+from tierd.node.short_answers import ShortAnswers
 
 GETATTR = 3
 
@@ -73,12 +76,18 @@ def way() -> Iterator[Way]:
 @pytest.fixture
 def wire(tmp_path: Path, way: Way, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     made = Wire(tmp_path / "nowhere")
-    made.seam._short_way = way
+    made.seam._short = ShortAnswers(way, _PUMPS_IN - 1)
     yield made
     way.go.set()
     made.close()
-    assert made.seam._short_now == 0
-    assert not made.seam._short
+    assert_idle(made)
+
+
+def assert_idle(wire: Wire) -> None:
+    """No pump is at a request."""
+    short = wire.seam._short
+    assert short is not None
+    assert (short._now, short._begun) == (0, {})
 
 
 def nothing_comes(end: object) -> None:
@@ -127,9 +136,10 @@ def test_what_the_short_way_does_not_know_goes_the_long_way(wire: Wire, way: Way
 def test_a_request_that_hangs_goes_the_long_way_once(
     tmp_path: Path, way: Way, monkeypatch: pytest.MonkeyPatch, opcode: int, knows: bool
 ) -> None:
-    monkeypatch.setattr(seam_module, "_SHORT_SECONDS", 0.05)
+    for module in (seam_module, short_module):
+        monkeypatch.setattr(module, "LATE_SECONDS", 0.05)
     wire = Wire(tmp_path / "nowhere")
-    wire.seam._short_way = way
+    wire.seam._short = ShortAnswers(way, _PUMPS_IN - 1)
     try:
         way.go.clear()
         way.knows = knows
@@ -147,7 +157,7 @@ def test_a_request_that_hangs_goes_the_long_way_once(
         assert way.claims == ([False] if knows else []), "its late answer counts nothing"
     finally:
         wire.close()
-    assert wire.seam._short_now == 0
+    assert_idle(wire)
 
 
 def test_one_pump_always_stays_free(wire: Wire, way: Way, tmp_path: Path) -> None:
@@ -190,10 +200,10 @@ def test_a_parked_read_is_answered_when_its_bytes_land(parked: tuple[Wire, Gate]
     wire.read(1, 5, 2, 4)
     assert gate.asked.acquire(timeout=SECONDS)
     nothing_comes(wire.kernel)
-    assert (wire.seam.parked_reads(), wire.seam.queued_reads()) == (1, 0)
+    assert (wire.seam.reads.parked(), wire.seam.reads.queued()) == (1, 0)
     gate.waiting[0]()
     assert wire.answer() == (1, 0, b"2345")
-    assert wire.seam.parked_reads() == 0
+    assert wire.seam.reads.parked() == 0
 
 
 def test_an_interrupt_ends_a_parked_read_and_no_other(parked: tuple[Wire, Gate]) -> None:

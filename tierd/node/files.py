@@ -1,9 +1,6 @@
-"""Open files: what an open means, from where its bytes come, and who moves them.
+"""Open files: their handles, what is done with them, and what successors, statistics and the node tier know of them.
 
-The first open of a node fixes both, and the kernel allows no mix (DESIGN.md, "The kernel's rule"): bytes of the node
-tier's copy or of the source, moved by the kernel (passthrough) or by the daemon; a file on its way into the node
-tier is served by the daemon as it lands. An open that needs anything else is answered ESTALE, and the kernel looks the
-name up again and gets a new node. Reads never need that twice for one open; see `YOUNG_SECONDS`.
+What an open means, and from where its bytes come, is in `opens.py`; who moves them, in `read_path.py`.
 """
 
 from __future__ import annotations
@@ -11,113 +8,30 @@ from __future__ import annotations
 import errno
 import math
 import os
-import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple, NoReturn, Protocol
 
-import trio
-
-from tierd.node.caller import pod_of
-from tierd.node.fill import Fill
 from tierd.node.handles import FileHandle
 from tierd.node.hot import Event, HotFiles, HotName
-from tierd.node.inodes import Node, pack, same_content, unpack
+from tierd.node.inodes import Node, pack
 from tierd.node.journal import Closed, Journal, Opened
 from tierd.node.ledger import HANDLE, HandleRecord, Ledger
 from tierd.node.once import Once
 from tierd.node.packets import FIRST_HANDLE
-from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, Reach, of_source
-from tierd.node.retries import SecondTries, close_soon
-from tierd.node.seam import ReadTarget
+from tierd.node.reach import Reach
+from tierd.node.read_path import Holder, NoHolder, ReadPath
 from tierd.node.sources import (
-    Creator,
     Moved,
     PosixSource,
-    Ref,
     Version,
     flush,
     forced_version,
     read_at,
-    version_of,
     write_at,
 )
-from tierd.node.store import Copy, Damaged, Identity
+from tierd.node.store import Copy
 from tierd.node.tier import NodeTier
-
-PASSTHROUGH_BYTES_MIN = 128 * 1024
-"""Smaller files are served by the daemon: a single READ, and lock files keep one inode for readers and writers."""
-
-
-class OpenedFile(NamedTuple):
-    """The answer to an open. `keep_cache` is False if cached pages of the node must go."""
-
-    fh: int
-    keep_cache: bool
-
-
-class ReadPath(Protocol):
-    """Answers READs of a handle outside of the event loop; the overlay says from which descriptor, and until when."""
-
-    def serve_reads(self, fh: int, target: ReadTarget) -> None:
-        """From now on."""
-
-    def stop_reads(self, fh: int) -> None:
-        """The handle was released."""
-
-    def content_changed(self, node_id: int) -> None:
-        """The kernel drops its pages of a node, and asks for the attributes again, its size above all. Waits for READs
-        of the node."""
-
-    def attributes_changed(self, node_id: int) -> None:
-        """The kernel must ask for the attributes again, its size above all. May block."""
-
-    def drop_pages(self, node_id: int) -> None:
-        """The kernel need not keep its cached pages of a node."""
-
-    def offers_passthrough(self) -> bool:
-        """True if `back` can be expected to give a backing."""
-
-    def back(self, node_id: int, fd: int) -> int | None:
-        """A passthrough backing for one more open of a node; None if there shall be none."""
-
-    def pass_through(self, fh: int, backing_id: int) -> None:
-        """The open that returns `fh` uses this backing."""
-
-    def unback(self, node_id: int) -> None:
-        """One open with a backing fewer."""
-
-
-class Holder(Protocol):
-    """Keeps descriptors of open files for a daemon that comes after this one."""
-
-    def hold(self, key: int, fd: int) -> None:
-        """Keep a duplicate of `fd`. Any thread."""
-
-    def drop(self, key: int) -> None:
-        """Let go of it. Any thread."""
-
-
-class NoHolder:
-    """Nobody comes after this one."""
-
-    def hold(self, key: int, fd: int) -> None:
-        """See Holder."""
-
-    def drop(self, key: int) -> None:
-        """See Holder."""
-
-
-class _Reached(NamedTuple):
-    """What a worker thread found: the source file, and the node tier's part in it."""
-
-    fh: int
-    fd: int
-    version: Version
-    pod: str | None
-    model: bytes | None
-    fill: Fill | None
 
 
 class Files(Reach):
@@ -155,54 +69,30 @@ class Files(Reach):
         self._hot = hot
         self.files: dict[int, FileHandle] = {}
         self._next_fh = FIRST_HANDLE
-        self.second_tries = SecondTries()
-        self.retired = 0
-        """Nodes retired because an open needed another content or another way of reading."""
 
-    def _seen(self, parent: Node, name: bytes, st: os.stat_result) -> Entry:
-        return Entry(self._count(parent, name, st).id, st)
+    def _fh(self) -> int:
+        self._next_fh += 1
+        return self._next_fh
 
-    def _count(self, parent: Node, name: bytes, st: os.stat_result) -> Node:
-        key, version = self.source.key(st), pack(version_of(st))
-        known = self.inodes.by_key(key)
-        if known is not None and known.version not in (None, version):
-            renamed = not stat.S_ISDIR(st.st_mode) and (parent, name) not in known.names()
-            if not known.handles and not renamed:
-                self._expect_change(known, st)
-            elif of_source(known) is None:
-                # Nothing holds the inode that it stands for: this may be another file with its number. Under another
-                # name it must not be the same node, or an open by the old name would find this file.
-                self._retire(known, young_until=trio.current_time() + YOUNG_SECONDS)
-        return self.inodes.seen(parent, name, key, version)
+    def number_from(self, first: int) -> None:
+        """Give out no node ID and no handle that a daemon before this one did."""
+        self._next_fh += first
+        self.inodes.number_from(first)
 
-    def _expect_change(self, node: Node, st: os.stat_result) -> None:
-        """A file changed while nobody had it open, or another one got its inode number.
+    def _file(self, fh: int) -> FileHandle:
+        handle = self.files.get(fh)
+        if handle is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return handle
 
-        The open that follows may have been sent back once already, so it must find a node that settles. (If it
-        was only the source's attribute cache that is behind, that open will see so.)
-        """
-        if stat.S_ISREG(st.st_mode):
-            node.young_until = trio.current_time() + YOUNG_SECONDS
+    # --- a handle begins ---
 
-    async def open(self, node_id: int, flags: int, caller: Caller) -> OpenedFile:
-        """Open a file. Raises ESTALE when the kernel shall look the name up again."""
-        self.take_events()
-        node = self.inodes.get(node_id)
-        kept = self.second_tries.take(caller.pid, node_id)
-        opened = None
-        try:
-            if self._tier is not None and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
-                opened = await self._open_copy(node, self._tier, caller)
-            if opened is None:
-                opened = await self._open_source(node, flags, caller, kept)
-        except Moved:
-            self.second_tries.sent_back(caller.pid)
-            raise
-        finally:
-            if kept is not None:
-                close_soon(kept)
-        self._note(self.files[opened.fh])
-        return opened
+    def _register(self, handle: FileHandle, model: bytes | None) -> None:
+        self.files[handle.fh] = handle
+        self._reads.serve_reads(handle.fh, handle.target)
+        handle.model = model
+        if self._tier is not None and model is not None:
+            self._tier.leases.take(model)
 
     def _note(self, handle: FileHandle) -> None:
         """What a successor must know of a handle."""
@@ -212,80 +102,40 @@ class Files(Reach):
         )
         self.ledger.append(HANDLE, record.pack())
 
-    # --- from the node tier ---
-
-    async def _open_copy(self, node: Node, tier: NodeTier, caller: Caller) -> OpenedFile | None:
-        """Open the copy, if there is one and it is what the source holds now; None sends the open to the source."""
-        copy = tier.find(node.key)
-        if copy is None or not self._may_read_copy(node):
-            return None
-        seen = await self._validate(node, tier, copy, caller.pid)
-        self.take_events()
-        if seen is None or copy.removed or not self._may_read_copy(node):
-            return None
-        version, attributes, pod = seen
-        if node.version not in (None, pack(version)):
-            return None
-        if self._reads_otherwise(node, copy):
-            if self._was_replaced(node):
-                return None
-            self._retire(node, young_until=0.0)
-            raise Moved
+    def _record_open(self, handle: FileHandle, uid: int, pod: str | None) -> None:
         try:
-            fd = tier.store.open(copy)
-        except Damaged:
-            return None
-        self.inodes.set_version(node, pack(version))
-        return OpenedFile(self._copy_handle(node, copy, fd, attributes, caller.uid, pod).fh, True)
-
-    def _may_read_copy(self, node: Node) -> bool:
-        return not (node.retired or node.parent is None or self._is_young(node) or _has_writers(node))
-
-    async def _validate(
-        self, node: Node, tier: NodeTier, copy: Copy, pid: int
-    ) -> tuple[Version, os.stat_result | None, str | None] | None:
-        """The version that the source holds now, if the copy is of that; None if not.
-
-        A source that does not answer in time is taken for unchanged, if the settings say so.
-        """
-        try:
-            answer = await self.patience.ask(self._by_name, node, self._validate_blocking, pid)
+            path = self.inodes.path(handle.node)
         except Moved:
-            return None
-        if answer is None:
-            return (Version(*copy.identity[1:]), node.attributes, None) if tier.serve_stale(copy) else None
-        st, pod = answer
-        version = version_of(st)
-        return (version, st, pod) if tier.is_current(copy, Identity(st.st_ino, *version)) else None
+            return
+        if self._tier is not None and handle.copy is not None and handle.copy.path != path:
+            self._tier.moved(handle.copy, path)
+        event = Opened(handle.fh, path, self._now_ns(), uid, pod, from_node=handle.copy is not None)
+        if self.journal.opened(event):
+            handle.recorded_path = path
+        else:
+            self._event_dropped()
 
-    def _validate_blocking(self, ref: Ref, pid: int) -> tuple[os.stat_result, str | None]:
-        return self.source.forced_stat(ref), pod_of(pid)
+    def _pass_through(self, handle: FileHandle, fd: int) -> None:
+        backing_id = self._reads.back(handle.node.id, fd)
+        if backing_id is not None:
+            if not handle.node.backed:
+                handle.node.copy = handle.copy
+            handle.node.backed += 1
+            handle.backed = True
+            self._reads.pass_through(handle.fh, backing_id)
 
-    def _reads_otherwise(self, node: Node, copy: Copy) -> bool:
-        """The node is open in a way that this open would have to be mixed with."""
-        if node.backed:
-            return node.copy is None or node.copy.name != copy.name
-        large = copy.identity.size >= PASSTHROUGH_BYTES_MIN
-        return large and self._reads.offers_passthrough() and any(_file_of(h) != copy.name for h in node.handles or ())
-
-    def _copy_handle(
-        self, node: Node, copy: Copy, fd: int, attributes: os.stat_result | None, uid: int, pod: str | None
-    ) -> FileHandle:
-        handle = FileHandle(self._fh(), node, -1, False)
-        handle.target = ReadTarget(fd, local=True)
-        handle.copy, handle.attributes = copy, attributes
-        if attributes is not None:
-            self.inodes.remember(node, attributes)
-        self._register(handle, copy.model)
-        self._record_open(handle, uid, pod)
-        if copy.identity.size >= PASSTHROUGH_BYTES_MIN:
-            self._pass_through(handle, fd)
-            self._publish(handle, copy, fd)
-        if not handle.backed:
-            self._holder.hold(handle.fh, fd)
-        if self._tier is not None:
-            self._tier.read_ahead(copy)
-        return handle
+    def inherit_handle(self, handle: FileHandle, model: bytes | None) -> None:
+        """Go on with a handle of the daemon before this one. Its open was recorded then; its close will be now."""
+        node = handle.node
+        node.backed += handle.backed
+        node.dirty += handle.dirty
+        if handle.backed:
+            node.copy = handle.copy
+        handle.attributes = node.attributes
+        self._register(handle, model)
+        if not handle.writable:
+            with suppress(Moved):
+                handle.recorded_path = self.inodes.path(node)
 
     # --- the short way ---
 
@@ -366,224 +216,7 @@ class Files(Reach):
             self._tier.read_ahead(event.copy)
         self._record_open(handle, event.uid, event.pod)
 
-    # --- from the source ---
-
-    async def _open_source(self, node: Node, flags: int, caller: Caller, kept: int | None) -> OpenedFile:
-        found = await self._reach_to_open(node, flags, caller, kept)
-        self._withdraw(node)
-        packed = pack(found.version)
-        changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
-        settling = node.retired or self._is_young(node) or kept is not None
-        if changed and settling and not _reads_a_version(node):
-            # Here and now: another open of the new version may be answered, with keep_cache, before this one is.
-            await self._run(self._reads.content_changed, node.id, limiter=self.open_limit)
-            self._withdraw(node)
-        elif changed or self._excluded(node, flags):
-            await self._send_back(node, found, flags)
-        if self._excluded(node, flags) or (changed and _reads_a_version(node)):  # it may have become so meanwhile
-            await self._send_back(node, found, flags)
-        if not node.dirty or flags & os.O_TRUNC:
-            self.inodes.set_version(node, packed)
-        handle = self._source_handle_of(node, found, flags, caller.uid)
-        if not self._join_fill(handle, found.fill):
-            large = found.version.size >= PASSTHROUGH_BYTES_MIN
-            if node.backed or (large and not node.retired and not self._is_young(node)):
-                self._pass_through_source(handle)
-        return OpenedFile(handle.fh, not changed)
-
-    async def _reach_to_open(self, node: Node, flags: int, caller: Caller, kept: int | None) -> _Reached:
-        """By what was `kept` for this open; else by name, even if the inode is open: it may mean another file by now.
-
-        A node whose name was just found to mean another file is not opened by its handles: until the kernel has looked
-        the name up again for the one who found it, others come here by that name, too.
-        """
-        args = (flags, caller.pid, self._path_to_fill(node, flags), self._fh())
-        if kept is not None:
-            ref = Ref(kept, None, node.key)
-            return await self._run(self._open_kept, ref, node.version, *args, limiter=self.open_limit)
-        unlinked = node.parent is None and node.handles
-        if unlinked and trio.current_time() < node.moved_at + YOUNG_SECONDS:
-            raise Moved
-        reach = self._by_handle if unlinked else self._by_name
-        return await reach(node, self._open_blocking, *args, limiter=self.open_limit)
-
-    def _open_kept(self, ref: Ref, known: int | None, flags: int, pid: int, path: bytes | None, fh: int) -> _Reached:
-        """A file that was removed or replaced since its lookup is no other version for that, and comes into no tier."""
-        if os.fstat(ref.fd).st_nlink > 0:
-            return self._open_blocking(ref, flags, pid, path, fh)
-        found = self._open_blocking(ref, flags, pid, None, fh)
-        if known is None or not same_content(known, pack(found.version)):
-            return found
-        return found._replace(version=unpack(known))
-
-    def _path_to_fill(self, node: Node, flags: int) -> bytes | None:
-        """Where the file lies, if it may come into the node tier by this open."""
-        if self._tier is None or flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY or not isinstance(node.key, int):
-            return None
-        if node.retired or self._is_young(node) or _has_writers(node):
-            return None
-        try:
-            return self.inodes.path(node)
-        except Moved:
-            return None
-
-    def _open_blocking(self, ref: Ref, flags: int, pid: int, path: bytes | None, fh: int) -> _Reached:
-        fd, version = self.source.open(ref, flags)
-        self._holder.hold(fh, fd)
-        try:
-            model, fill = (None, None)
-            if path is not None and self._tier is not None and isinstance(ref.key, int):
-                model, fill = self._tier.begin(Identity(ref.key, *version), path, fd)
-            return _Reached(fh, fd, version, pod_of(pid), model, fill)
-        except BaseException:
-            self._holder.drop(fh)
-            os.close(fd)
-            raise
-
-    def _join_fill(self, handle: FileHandle, fill: Fill | None) -> bool:
-        """Serve the handle as the fill lands, unless the kernel reads the node by itself."""
-        if fill is None or handle.node.backed or _has_writers(handle.node):
-            return False
-        handle.fill = fill
-        handle.target.local = True
-        fill.attach(handle.target)
-        return True
-
-    def _is_young(self, node: Node) -> bool:
-        return trio.current_time() < node.young_until
-
-    def _excluded(self, node: Node, flags: int) -> bool:
-        """Its readers read one version, whatever is written, and their pages are the node's: no place for a writer."""
-        return flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY and _reads_a_version(node)
-
-    async def _send_back(self, node: Node, found: _Reached, flags: int) -> NoReturn:
-        """Have the kernel look the name up again and open the node that this returns: a young one, free for that.
-
-        A node that was retired long ago, and is still named by the kernel, has a successor that may be neither.
-        """
-        young_until = trio.current_time() + YOUNG_SECONDS
-        live = self.inodes.by_key(node.key)
-        if live is not None and (live is node or self._excluded(live, flags)):
-            self._retire(live, young_until=young_until)
-        elif live is not None:
-            live.young_until = young_until
-        self._holder.drop(found.fh)
-        await self._run(os.close, found.fd)
-        if live is not None and live.retired:  # what its readers ask for next may be changed by way of another node
-            await self._run(self._reads.attributes_changed, live.id)
-        raise Moved
-
-    def _pass_through_source(self, handle: FileHandle) -> None:
-        """Let the kernel read the source by itself, if no open of this node is served in the other mode.
-
-        Not for young nodes: the kernel asks again only once per open, so whoever was just sent to a new
-        node to write must find it free for writing.
-        """
-        node = handle.node
-        if handle.writable or (not node.backed and len(node.handles or ()) > 1):
-            return
-        self._pass_through(handle, handle.fd)
-
-    def _pass_through(self, handle: FileHandle, fd: int) -> None:
-        backing_id = self._reads.back(handle.node.id, fd)
-        if backing_id is not None:
-            if not handle.node.backed:
-                handle.node.copy = handle.copy
-            handle.node.backed += 1
-            handle.backed = True
-            self._reads.pass_through(handle.fh, backing_id)
-
-    def _retire(self, node: Node, *, young_until: float) -> None:
-        self._withdraw(node)
-        self.inodes.retire(node, young_until)
-        self.retired += 1
-
-    def _source_handle_of(self, node: Node, found: _Reached, flags: int, uid: int) -> FileHandle:
-        access = flags & os.O_ACCMODE
-        handle = FileHandle(found.fh, node, found.fd, access != os.O_RDONLY)
-        self._register(handle, found.model)
-        if access != os.O_WRONLY:
-            self._record_open(handle, uid, found.pod)
-        return handle
-
-    def inherit_handle(self, handle: FileHandle, model: bytes | None) -> None:
-        """Go on with a handle of the daemon before this one. Its open was recorded then; its close will be now."""
-        node = handle.node
-        node.backed += handle.backed
-        node.dirty += handle.dirty
-        if handle.backed:
-            node.copy = handle.copy
-        handle.attributes = node.attributes
-        self._register(handle, model)
-        if not handle.writable:
-            with suppress(Moved):
-                handle.recorded_path = self.inodes.path(node)
-
-    def number_from(self, first: int) -> None:
-        """Give out no node ID and no handle that a daemon before this one did."""
-        self._next_fh += first
-        self.inodes.number_from(first)
-
-    def _register(self, handle: FileHandle, model: bytes | None) -> None:
-        self.files[handle.fh] = handle
-        self._reads.serve_reads(handle.fh, handle.target)
-        handle.model = model
-        if self._tier is not None and model is not None:
-            self._tier.leases.take(model)
-
-    def _record_open(self, handle: FileHandle, uid: int, pod: str | None) -> None:
-        try:
-            path = self.inodes.path(handle.node)
-        except Moved:
-            return
-        if self._tier is not None and handle.copy is not None and handle.copy.path != path:
-            self._tier.moved(handle.copy, path)
-        event = Opened(handle.fh, path, self._now_ns(), uid, pod, from_node=handle.copy is not None)
-        if self.journal.opened(event):
-            handle.recorded_path = path
-        else:
-            self._event_dropped()
-
-    def _fh(self) -> int:
-        self._next_fh += 1
-        return self._next_fh
-
-    async def create(
-        self, parent_id: int, name: bytes, flags: int, mode: int, caller: Caller
-    ) -> tuple[OpenedFile, Entry]:
-        """Create and open. If somebody else was faster and the caller allows it, the kernel opens that file instead.
-
-        That is asked for with ESTALE, so that the kernel checks the caller's permission on it first.
-        """
-        parent = self.inodes.get(parent_id)
-        async with self.dirs.hold(parent) as dir_fd:
-            try:
-                found, st = await self._run(self._create_blocking, dir_fd, name, flags, mode, caller, self._fh())
-            except FileExistsError:
-                if flags & os.O_EXCL:
-                    raise
-                raise Moved from None
-        node = self._count(parent, name, st)
-        self.inodes.set_version(node, pack(found.version))
-        handle = self._source_handle_of(node, found, flags, caller.uid)
-        self._note(handle)
-        return OpenedFile(handle.fh, True), Entry(node.id, st)
-
-    def _create_blocking(
-        self, dir_fd: int, name: bytes, flags: int, mode: int, caller: Caller, fh: int
-    ) -> tuple[_Reached, os.stat_result]:
-        def adopt(st: os.stat_result) -> tuple[int, os.stat_result, Version]:
-            fd, version = self.source.open(Ref(dir_fd, name, self.source.key(st)), flags)
-            return fd, st, version
-
-        fd, st, version = self.once.make(
-            caller.unique,
-            lambda: self.source.lstat(dir_fd, name),
-            lambda: self.source.create(dir_fd, name, flags, mode, owner_of(caller)),
-            adopt,
-        )
-        self._holder.hold(fh, fd)
-        return _Reached(fh, fd, version, pod_of(caller.pid), None, None), st
+    # --- what is done with it ---
 
     async def read(self, fh: int, offset: int, size: int) -> bytes:
         """Bytes at `offset`, fewer than `size` only at the end of the file."""
@@ -613,6 +246,8 @@ class Files(Reach):
         handle = self._file(fh)
         if handle.fd >= 0:  # who reads a copy has written nothing
             await self._run_data(os.fdatasync if datasync else os.fsync, handle.fd)
+
+    # --- it ends ---
 
     async def release(self, fh: int) -> None:
         """The last descriptor of an open was closed. The daemon before this one may have been told so already."""
@@ -673,38 +308,6 @@ class Files(Reach):
             await self._run_data(os.close, fd)
         elif fd >= 0:
             os.close(fd)
-
-    def _file(self, fh: int) -> FileHandle:
-        handle = self.files.get(fh)
-        if handle is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        return handle
-
-
-def owner_of(caller: Caller) -> Creator:
-    """Whose a file will be that a caller makes."""
-    return Creator(caller.uid, caller.gid)
-
-
-def _has_writers(node: Node) -> bool:
-    return node.dirty > 0 or any(isinstance(handle, FileHandle) and handle.writable for handle in node.handles or ())
-
-
-def _reads_a_version(node: Node) -> bool:
-    """Some reader of the node does not see what is written to the source: the kernel serves it by itself, or it reads
-    a copy, or one in the making."""
-    return node.backed > 0 or reads_copy(node)
-
-
-def reads_copy(node: Node) -> bool:
-    """Some reader of the node reads a copy, or one in the making."""
-    held = (handle for handle in node.handles or () if isinstance(handle, FileHandle))
-    return any(handle.copy is not None or handle.fill is not None for handle in held)
-
-
-def _file_of(handle: object) -> str | None:
-    """The data file that a handle reads; a copy that was relabelled still has the same."""
-    return handle.copy.name if isinstance(handle, FileHandle) and handle.copy is not None else None
 
 
 def _duplicate(fd: int) -> int | None:

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Final
 
 from tierd.node.copies import CHUNK_BYTES, Draft, Identity, chunk_count
-from tierd.node.seam import ReadTarget
+from tierd.node.reads import ReadTarget
 from tierd.node.wanted import Priority
 
 _STREAMS_PER_FILE: Final = 2

@@ -32,7 +32,7 @@ from pyfuse3 import (
 
 from tierd.errors import DaemonError, TierdError
 from tierd.metrics import Metrics
-from tierd.node.files import OpenedFile
+from tierd.node.opens import OpenedFile
 from tierd.node.overlay import Overlay
 from tierd.node.reach import Caller, Entry
 from tierd.node.seam import Seam

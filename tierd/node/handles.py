@@ -17,7 +17,7 @@ from types import TracebackType
 
 from tierd.node.fill import Fill
 from tierd.node.inodes import InodeTable, Node
-from tierd.node.seam import ReadTarget
+from tierd.node.reads import ReadTarget
 from tierd.node.sources import Moved, PosixSource, Ref
 from tierd.node.store import Copy
 

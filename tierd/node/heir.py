@@ -26,7 +26,7 @@ from tierd.node.once import Intent
 from tierd.node.overlay import Overlay
 from tierd.node.packets import FIRST_HANDLE
 from tierd.node.reach import YOUNG_SECONDS
-from tierd.node.seam import ReadTarget
+from tierd.node.reads import ReadTarget
 from tierd.node.store import Copy
 
 _GENERATION_BITS = 32

@@ -1,8 +1,8 @@
 """The overlay: what each file system call means, over a source directory. Knows neither pyfuse3 nor the kernel.
 
-Methods take and return plain data and raise OSError; `fuse.py` adapts them to the kernel, tests call
-them directly. Here are names, attributes and directories; open files are in `files.py`, and how an inode is reached
-in `reach.py`, whose contract holds here.
+Methods take and return plain data and raise OSError; `fuse.py` adapts them to the kernel, tests call them directly.
+Here are names, attributes and directories. Open files are in `files.py`, what an open means in `opens.py`, and how an
+inode is reached in `reach.py`, whose contract holds here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import trio
 
 from tierd.node.attributes import unlinked
 from tierd.node.estate import Said
-from tierd.node.files import PASSTHROUGH_BYTES_MIN, Files, owner_of, reads_copy
 from tierd.node.handles import DirHandle, FileHandle
 from tierd.node.inodes import Node
 from tierd.node.ledger import HANDLE, ROOT_ID, HandleRecord
 from tierd.node.once import Inode
+from tierd.node.opens import PASSTHROUGH_BYTES_MIN, Opens, owner_of, reads_copy
 from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, of_source
 from tierd.node.sources import ACL_NAMES, Change, Changes, Moved, Ref
 
@@ -33,7 +33,7 @@ _LABELS = b"security."
 """Attributes that do not pass: labels and file capabilities mean nothing on a mount without suid."""
 
 
-class Overlay(Files):
+class Overlay(Opens):
     """See the module. Arguments are those of `Files`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -31,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -42,23 +42,18 @@ from tierd.node.giving_up import WaitingOpens, release_message
 from tierd.node.ledger import RESENT, Ledger
 from tierd.node.messages import (
     BATCH_FORGET,
-    FOPEN_NOFLUSH,
-    FOPEN_PASSTHROUGH,
     FORGET,
     ID,
     IN_HEADER,
     INIT,
     INTERRUPT,
-    LOOKUP,
     ONCE,
     OPEN,
     OPEN_IN_FLAGS,
-    OPEN_OUT,
     OUT_HEADER,
     READ,
     READ_BYTES_MAX,
     READ_IN,
-    RELEASE,
     TELLING,
     finish_open,
     forgotten,
@@ -70,10 +65,11 @@ from tierd.node.messages import (
     told_by,
     without_splice,
 )
+from tierd.node.reads import Reads, ReadTarget
+from tierd.node.short_answers import LATE_SECONDS, SHORT, ShortAnswers, ShortWay, TookTooLong
 
 log = structlog.get_logger(__name__)
 
-_SHORT = frozenset({LOOKUP, OPEN, RELEASE})
 _HEADER_ROOM = 4096
 _MESSAGE_BYTES_MAX = READ_BYTES_MAX + _HEADER_ROOM
 _SOCKET_BYTES = 8 * _MESSAGE_BYTES_MAX
@@ -83,62 +79,8 @@ _PUMPS_IN = 4
 them never does."""
 _FIRST_TOKEN = 1 << 30
 """Process IDs are smaller (PID_MAX_LIMIT is 2^22)."""
-_SHORT_SECONDS = 0.5
-"""How long a pump may be at a request before that goes the long way."""
-_SOURCE_THREADS = 16
-"""A file that the source takes long to read holds one of them."""
-_LOCAL_THREADS = 8
-"""For bytes of this node's own disk: they wait for no source."""
 _NOTICES_MAX = 10_000
 _NOBUFS_PAUSE_SECONDS = 0.001
-
-
-class Gate(Protocol):
-    """Says when bytes that are still on their way can be read."""
-
-    def ready(self, offset: int, size: int, resume: Callable[[], None]) -> bool:
-        """True if they are there; else `resume` is called once, from any thread, as soon as they are."""
-
-
-class ShortWay(Protocol):
-    """Answers requests for hot files where they are read; None or False for the long way. See `hot.py`.
-
-    `claim` says, at the last moment, whether the answer is still wanted: one that took too long goes the long way.
-    """
-
-    def lookup(self, parent_id: int, name: bytes, claim: Callable[[], bool]) -> bytes | None:
-        """The body of the answer to LOOKUP."""
-
-    def open(self, node_id: int, uid: int, pid: int, claim: Callable[[], bool]) -> tuple[int, int] | None:
-        """Handle and backing ID for an OPEN that reads."""
-
-    def release(self, fh: int) -> bool:
-        """True if the handle was one of these."""
-
-
-class ReadTarget:
-    """A descriptor that READs of one handle are served from, and how many bytes were.
-
-    `gate`: not all bytes are there yet. `local`: the descriptor is of this node's own disk, so its reads do not
-    queue behind those of a source that may stall.
-    """
-
-    __slots__ = ("bytes_read", "fd", "gate", "local")
-
-    def __init__(self, fd: int, *, local: bool = False) -> None:
-        self.fd = fd
-        self.local = local
-        self.gate: Gate | None = None
-        self.bytes_read = 0
-
-
-class _Read(NamedTuple):
-    """One READ request."""
-
-    unique: int
-    target: ReadTarget
-    offset: int
-    size: int
 
 
 class Inheritance(NamedTuple):
@@ -178,18 +120,13 @@ class Seam:
         """Opcodes of forwarded requests whose replies tell the kernel of nodes or handles, by unique."""
         self._resend = resend
         self.resend_agreed: bool | None = None
-        self._short_way = short_way
-        self._short: dict[int, tuple[float, bytes]] = {}
-        """Requests that pumps are at, by unique: since when, and the message."""
-        self._short_now = 0
-        self._short_lock = threading.Lock()
+        self._short = ShortAnswers(short_way, _PUMPS_IN - 1) if short_way is not None else None
         self._ended = ended
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._room = min(_widen(ours), _widen(theirs))
         self._ours = ours
         self.libfuse_fd = theirs.detach()
         """libfuse's end; libfuse closes it."""
-        self._targets: dict[int, ReadTarget] = {}
         self._passthrough = passthrough
         self.passthrough_agreed: bool | None = None
         self.backings = Backings(device, self._ledger)
@@ -201,21 +138,15 @@ class Seam:
         self.resent = 0
         """Requests that the kernel sent again, because a daemon before this one did not answer them."""
         self._closed = False
-        self._counting = threading.Lock()
-        self._source_reads: _Reads = queue.SimpleQueue()
-        self._local_reads: _Reads = queue.SimpleQueue()
-        self._parked: dict[int, _Read] = {}
+        self.reads = Reads(self._answer)
         self._notices: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.notices_dropped = 0
-        self.reads = 0
-        """READ requests that the kernel sent here, whoever answered them."""
         self._threads = [
             *(self._thread(f"seam-in-{i}", self._pump_in) for i in range(_PUMPS_IN)),
             self._thread("seam-out", self._pump_out),
             self._thread("seam-notify", self._notify),
-            self._thread("seam-watch", self._watch_short),
-            *(self._thread(f"seam-source-{i}", self._serve_reads, self._source_reads) for i in range(_SOURCE_THREADS)),
-            *(self._thread(f"seam-local-{i}", self._serve_reads, self._local_reads) for i in range(_LOCAL_THREADS)),
+            self._thread("seam-watch", self._watch),
+            *(self._thread(name, body) for name, body in self.reads.workers().items()),
         ]
 
     def _thread(self, name: str, body: Callable[..., None], *args: Any) -> threading.Thread:
@@ -242,14 +173,6 @@ class Seam:
     def caller_of(self, pid: int) -> tuple[int, int]:
         """The process and the unique number of a request that came to pyfuse3 from process `pid`."""
         return self._callers.pop(pid, (pid, 0))
-
-    def queued_reads(self) -> int:
-        """READs that wait for a thread."""
-        return self._source_reads.qsize() + self._local_reads.qsize()
-
-    def parked_reads(self) -> int:
-        """READs that wait for bytes on their way; no thread waits with them."""
-        return len(self._parked)
 
     def congested(self) -> bool:
         """True if replies fill half of the room on their way to the kernel.
@@ -282,7 +205,7 @@ class Seam:
 
     def serve_reads(self, fh: int, target: ReadTarget) -> None:
         """From now on READs of handle `fh` are answered from `target`."""
-        self._targets[fh] = target
+        self.reads.serve(fh, target)
 
     def offers_passthrough(self) -> bool:
         """True once the kernel has agreed to it."""
@@ -302,7 +225,7 @@ class Seam:
 
     def stop_reads(self, fh: int) -> None:
         """The handle was released."""
-        self._targets.pop(fh, None)
+        self.reads.stop(fh)
         self._backing_of_open.pop(fh, None)
 
     def close(self, mountpoint: Path) -> None:
@@ -313,10 +236,7 @@ class Seam:
         unmount(str(mountpoint))
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)
-        for _ in range(_SOURCE_THREADS):
-            self._source_reads.put(None)
-        for _ in range(_LOCAL_THREADS):
-            self._local_reads.put(None)
+        self.reads.close()
         self._notices.put(None)
 
     def _guarded(self, body: Callable[..., None], *args: Any) -> None:
@@ -345,12 +265,12 @@ class Seam:
                 raise
             if size < IN_HEADER.size:  # no request: what the buffer holds is the one before
                 continue
-            _, opcode, unique, node_id, uid, _, pid, _, _ = IN_HEADER.unpack_from(buffer)
+            _, opcode, unique, _, _, _, pid, _, _ = IN_HEADER.unpack_from(buffer)
             if unique & RESENT:
                 self._take_back(unique)
-            if opcode == READ and self._queue_read(buffer, unique):
+            if opcode == READ and self.reads.take(unique, *READ_IN.unpack_from(buffer, IN_HEADER.size)):
                 continue
-            if opcode in _SHORT and self._answer_short(opcode, unique, node_id, uid, pid, view[:size]):
+            if opcode in SHORT and self._short is not None and self._answer_short(self._short, opcode, view[:size]):
                 continue
             if opcode == INIT:
                 self._take_init(buffer)
@@ -399,75 +319,31 @@ class Seam:
             self._callers[token] = pid, unique
             set_pid(message, token)
 
-    def _answer_short(self, opcode: int, unique: int, node_id: int, uid: int, pid: int, message: memoryview) -> bool:
-        """True if the request was answered here."""
-        way = self._short_way
-        if way is None:
+    def _answer_short(self, short: ShortAnswers, opcode: int, message: memoryview) -> bool:
+        """True if the request was answered here, or is no longer this pump's."""
+        try:
+            body = short.answer(message)
+        except TookTooLong:
+            return True
+        if body is None:
             return False
-        body = message[IN_HEADER.size :]
-        if opcode == RELEASE:
-            (fh,) = ID.unpack_from(body)
-            answer = b"" if way.release(fh) else None
-        elif not self._enter_short(unique, message):
-            return False
-        else:
-            claimed = False
-
-            def claim() -> bool:
-                nonlocal claimed
-                claimed = self._short.pop(unique, None) is not None
-                return claimed
-
-            try:
-                if opcode == LOOKUP:
-                    answer = way.lookup(node_id, bytes(body[:-1]), claim)
-                else:
-                    answer = self._open_short(way, node_id, uid, pid, body, claim)
-                if not claimed and not claim():
-                    return True  # it took too long and went the long way
-            finally:
-                self._leave_short()
-        if answer is None:
-            return False
-        reply = memoryview(OUT_HEADER.pack(OUT_HEADER.size + len(answer), 0, unique) + answer)
+        unique = IN_HEADER.unpack_from(message)[2]
+        reply = memoryview(OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body)
         if opcode in TELLING:
             self._ledger.said(unique, *told_by(opcode, reply))
         self._answer([reply])
         return True
 
-    def _watch_short(self) -> None:
-        """Send requests whose pump hangs in the source the long way, which has a deadline and other answers; end the
-        waiting of callers who gave up."""
+    def _watch(self) -> None:
+        """Send requests whose pump hangs in the source the long way; end the waiting of callers who gave up."""
         while not self._closed:
-            time.sleep(_SHORT_SECONDS / 2)
+            time.sleep(LATE_SECONDS / 2)
             for unique in self._opens.take_given_up():
                 self._answer_interrupted(unique)
-            late = time.monotonic() - _SHORT_SECONDS
-            for unique, (since, message) in list(self._short.items()):
-                if since < late and self._short.pop(unique, None) is not None:
-                    _, opcode, _, _, _, _, pid, _, _ = IN_HEADER.unpack_from(message)
-                    self._note_request(memoryview(message), opcode, unique, pid)
-                    self._forward(memoryview(message))
-
-    def _open_short(
-        self, way: ShortWay, node_id: int, uid: int, pid: int, body: memoryview, claim: Callable[[], bool]
-    ) -> bytes | None:
-        (flags,) = OPEN_IN_FLAGS.unpack_from(body)
-        opened = way.open(node_id, uid, pid, claim) if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY else None
-        return OPEN_OUT.pack(opened[0], FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, opened[1]) if opened else None
-
-    def _enter_short(self, unique: int, message: memoryview) -> bool:
-        """One pump always stays free: the source may hang."""
-        with self._short_lock:
-            if self._short_now >= _PUMPS_IN - 1:
-                return False
-            self._short_now += 1
-        self._short[unique] = (time.monotonic(), bytes(message))
-        return True
-
-    def _leave_short(self) -> None:
-        with self._short_lock:
-            self._short_now -= 1
+            for message in self._short.take_late() if self._short is not None else ():
+                _, opcode, unique, _, _, _, pid, _, _ = IN_HEADER.unpack_from(message)
+                self._note_request(memoryview(message), opcode, unique, pid)
+                self._forward(memoryview(message))
 
     def _forward(self, message: memoryview) -> None:
         """A large packet needs contiguous memory; on a fragmented machine that takes a while."""
@@ -480,34 +356,9 @@ class Seam:
                     raise
             time.sleep(_NOBUFS_PAUSE_SECONDS)
 
-    def _queue_read(self, buffer: bytearray, unique: int) -> bool:
-        fh, offset, size = READ_IN.unpack_from(buffer, IN_HEADER.size)
-        target = self._targets.get(fh)
-        self.reads += 1
-        if target is None:
-            return False
-        read = _Read(unique, target, offset, size)
-        gate = target.gate
-        if gate is None:
-            self._queue(read)
-            return True
-        self._parked[unique] = read
-        if gate.ready(offset, size, lambda: self._resume(unique)):
-            self._resume(unique)
-        return True
-
-    def _queue(self, read: _Read) -> None:
-        (self._local_reads if read.target.local else self._source_reads).put(read)
-
-    def _resume(self, unique: int) -> None:
-        """The bytes are there; the READ may have been interrupted meanwhile."""
-        read = self._parked.pop(unique, None)
-        if read is not None:
-            self._queue(read)
-
     def _interrupt(self, unique: int) -> None:
         """Somebody gave up waiting: a READ that is parked is answered at once, an OPEN if it takes long."""
-        if self._parked.pop(unique, None) is not None:
+        if self.reads.give_up(unique):
             self._answer_interrupted(unique)
         else:
             self._opens.interrupted(unique)
@@ -557,40 +408,9 @@ class Seam:
             if error.errno != errno.ENOENT:
                 raise
 
-    # --- reads ---
-
-    def _serve_reads(self, requests: _Reads) -> None:
-        buffer = bytearray(OUT_HEADER.size + READ_BYTES_MAX)
-        view = memoryview(buffer)
-        while (request := requests.get()) is not None:
-            unique, target, offset, size = request
-            try:
-                have = _read_fully(target.fd, view[OUT_HEADER.size : OUT_HEADER.size + size], offset)
-            except OSError as error:
-                OUT_HEADER.pack_into(buffer, 0, OUT_HEADER.size, -(error.errno or errno.EIO), unique)
-                self._answer([view[: OUT_HEADER.size]])
-                continue
-            OUT_HEADER.pack_into(buffer, 0, OUT_HEADER.size + have, 0, unique)
-            with self._counting:
-                target.bytes_read += have
-            self._answer([view[: OUT_HEADER.size + have]])
-
-
-_Reads = queue.SimpleQueue[_Read | None]
 
 _END_ERRORS = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN})
 """How the device and the socket say that the mount is over."""
-
-
-def _read_fully(fd: int, target: memoryview, offset: int) -> int:
-    """Fill `target` from `offset`; fewer bytes only at the end of the file."""
-    have = os.preadv(fd, [target], offset)
-    while 0 < have < len(target):
-        more = os.preadv(fd, [target[have:]], offset + have)
-        if more == 0:
-            break
-        have += more
-    return have
 
 
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
