@@ -1,0 +1,127 @@
+"""A daemon's side of its keeper, over the sockets that they have: what it is given, and what it does without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import trio
+
+from tierd.errors import DaemonError
+from tierd.node.keeping import Keeping
+from tierd.node.ledger import Ledger
+from tierd.node.packets import DEVICE, pair, receive, send, send_held
+
+
+class Line(NamedTuple):
+    """Both ends."""
+
+    keeper: socket.socket
+    keeping: Keeping
+
+
+@pytest.fixture
+def line() -> Iterator[Line]:
+    keeper, daemon = pair()
+    with keeper, daemon:
+        yield Line(keeper, Keeping(daemon))
+
+
+def test_what_it_is_given(line: Line) -> None:
+    told = {"told": {"source": "/s"}, "restarts": 3, "keeper_pid": 7}
+    send(line.keeper, b"J" + json.dumps(told).encode())
+    held = {DEVICE: 0, **dict.fromkeys(range(1000, 1500), 0)}
+    send_held(line.keeper, held)
+    line.keeping.attach()
+    assert receive(line.keeper)[0] == b"P%d" % os.getpid()
+    assert (line.keeping.told, line.keeping.restarts, line.keeping.keeper_pid) == ({"source": "/s"}, 3, 7)
+    assert set(line.keeping.held) == set(held)
+    for fd in line.keeping.held.values():
+        assert os.path.samestat(os.fstat(fd), os.fstat(0))
+        os.close(fd)
+
+
+@pytest.mark.parametrize("first", [b"l", b"s", None])
+def test_a_keeper_that_wants_no_daemon_or_ends(line: Line, first: bytes | None) -> None:
+    """Another one takes over, or the mount ends, before this one had anything."""
+    if first is None:
+        line.keeper.close()
+    else:
+        send(line.keeper, first)
+    with pytest.raises(DaemonError, match="does not answer"):
+        line.keeping.attach()
+
+
+def test_a_keeper_that_ends_in_the_middle(line: Line) -> None:
+    send(line.keeper, b'J{"told": {}, "restarts": 0, "keeper_pid": 1}')
+    line.keeper.shutdown(socket.SHUT_WR)
+    with pytest.raises(DaemonError, match="the other side is gone"):
+        line.keeping.attach()
+
+
+class Heard:
+    """What a daemon did because its keeper said so."""
+
+    def __init__(self) -> None:
+        self.what: list[str] = []
+
+    def stop(self) -> None:
+        self.what.append("stop")
+
+    def changed(self) -> None:
+        self.what.append("changed")
+
+    async def leave(self) -> None:
+        self.what.append("leave")
+
+    async def gone(self) -> None:
+        self.what.append("gone")
+
+    async def run(self, keeping: Keeping) -> None:
+        """Until the keeper is gone."""
+        with trio.fail_after(10):
+            await keeping.run(self.stop, self.leave, self.changed, self.gone)
+
+
+async def test_what_it_is_told_to(line: Line) -> None:
+    heard = Heard()
+    for message in (b"k77", b"l", b"s"):
+        send(line.keeper, message)
+    line.keeper.shutdown(socket.SHUT_WR)
+    await heard.run(line.keeping)
+    assert heard.what == ["changed", "leave", "stop", "gone"]
+    assert (line.keeping.alone, line.keeping.keeper_pid) == (True, None)
+    assert receive(line.keeper)[0] == b"b", "and it said that it lives"
+
+
+async def test_a_keeper_that_dies_before_it_heard_everything_is_gone(line: Line) -> None:
+    """The socket says so by an error of its own, unix(7)."""
+    heard = Heard()
+    line.keeping.hold(1000, 0)
+    line.keeper.close()
+    await heard.run(line.keeping)
+    assert heard.what == ["gone"]
+
+
+async def test_without_a_keeper_nothing_is_held_nor_counted(line: Line) -> None:
+    line.keeper.close()
+    await Heard().run(line.keeping)
+    ledger = Ledger()
+    line.keeping.keep_ledger(ledger.fd)
+    line.keeping.hold(1000, 0)
+    line.keeping.drop(1000)
+    line.keeping.ready(resend=True)
+    line.keeping.farewell(0)
+    assert (line.keeping.missed_sends, len(line.keeping._undropped)) == (0, 0)
+    ledger.close()
+
+
+def test_a_keeper_that_does_not_listen_holds_nobody_up(line: Line) -> None:
+    while not line.keeping.missed_sends:
+        line.keeping.hold(1000, 0)
+    line.keeping.drop(1000)
+    assert list(line.keeping._undropped) == [1000], "it is said again later"
