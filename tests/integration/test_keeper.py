@@ -23,8 +23,10 @@ import pytest
 
 from bench import guard
 from tests.conftest import DirectoryFactory, MountFactory
+from tests.faulty import FaultySource
 from tests.integration.test_handover import start
 from tests.mounts import STOP_SECONDS, OverlayMount, as_user, is_mounted, raises, tierd, wait_until
+from tierd.node.peer import DYING_SECONDS
 from tierd.runtime import is_served, keeper_path, runtime_dir
 
 HOPELESS_SECONDS = 30.0
@@ -54,6 +56,56 @@ def busy_seconds(pid: int, over: float) -> float:
     time.sleep(over)
     after = psutil.Process(pid).cpu_times()
     return after.user + after.system - before.user - before.system
+
+
+# --- a daemon that cannot die ---
+
+
+@pytest.fixture
+def faulty(new_directory: DirectoryFactory) -> Iterator[FaultySource]:
+    with FaultySource(new_directory("faulty")) as source:
+        yield source
+
+
+@contextmanager
+def killed_in_unlink(mount: OverlayMount, faulty: FaultySource) -> Iterator[concurrent.futures.Future[None]]:
+    """A daemon is killed while one of its threads waits for the source, which nothing can end but the source."""
+    (faulty.backing / "file").write_bytes(b"data")
+    with concurrent.futures.ThreadPoolExecutor() as pool, faulty.stalling("unlink"):
+        call = pool.submit((mount.mountpoint / "file").unlink)
+        wait_until(lambda: faulty.stalled("unlink") == 1, STOP_SECONDS, "the source is asked")
+        mount.kill_daemon()
+        yield call
+
+
+def test_the_next_daemon_begins_when_the_last_thread_of_the_dead_one_has_ended(
+    faulty: FaultySource, overlay_mount: MountFactory
+) -> None:
+    """Its call would take effect beside those of the next one: it removed a name that was made anew."""
+    mount = overlay_mount(faulty.mountpoint, prefetch="no")
+    dead = mount.pid
+    with killed_in_unlink(mount, faulty) as call:
+        time.sleep(DYING_SECONDS / 2)
+        assert "daemon_died" not in events(mount)
+        faulty.release()
+        assert call.result(STOP_SECONDS) is None
+    mount.succeeded(dead)
+    assert not (faulty.backing / "file").exists()
+    mount.expect_log("daemon_died")
+
+
+def test_a_source_that_hangs_does_not_keep_the_next_daemon_from_serving(
+    faulty: FaultySource, overlay_mount: MountFactory
+) -> None:
+    mount = overlay_mount(faulty.mountpoint, prefetch="no")
+    dead = mount.pid
+    with killed_in_unlink(mount, faulty) as call:
+        mount.succeeded(dead)
+        assert (mount.mountpoint / "file").read_bytes() == b"data"
+        faulty.release()
+        assert call.result(STOP_SECONDS) is None
+    assert not (mount.mountpoint / "file").exists()
+    mount.expect_log("daemon_died")
 
 
 # --- daemons that die at once ---
@@ -306,7 +358,15 @@ def test_a_keeper_that_did_not_take_over_leaves_the_mount_to_the_one_before(over
 def test_a_daemon_that_attaches_and_dies_costs_a_wait(overlay_mount: MountFactory) -> None:
     mount = overlay_mount()
     for message in ("P1", "Pjunk"):
-        command = [sys.executable, "-I", "-S", "-c", f"import socket, sys\n{SPEAK}", keeper_path(mount.mountpoint), message]
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import socket, sys\n{SPEAK}",
+            keeper_path(mount.mountpoint),
+            message,
+        ]
         subprocess.run(command, check=False, stdout=subprocess.DEVNULL, timeout=STOP_SECONDS)
         (mount.mountpoint / "file").write_bytes(b"data")
     wait_until(lambda: is_served(mount.mountpoint), STOP_SECONDS, "it is served")

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import pytest
 import trio
+import trio.testing
 
 from tierd.errors import DaemonError
+from tierd.node import keeping as keeping_module
 from tierd.node.keeping import Keeping
-from tierd.node.ledger import Ledger
+from tierd.node.ledger import NODE, Ledger, NodeRecord, records
 from tierd.node.packets import DEVICE, pair, receive, send, send_held
 
 
@@ -125,3 +127,71 @@ def test_a_keeper_that_does_not_listen_holds_nobody_up(line: Line) -> None:
         line.keeping.hold(1000, 0)
     line.keeping.drop(1000)
     assert list(line.keeping._undropped) == [1000], "it is said again later"
+
+
+# --- a ledger that grows ---
+
+
+@pytest.fixture
+def small_bound(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(keeping_module, "_LEDGER_BYTES_MAX", 100_000)
+    return 100_000
+
+
+def grow(ledger: Ledger, size: int, *, nodes: int) -> None:
+    """Say of so many nodes, again and again, where they lie."""
+    number = 0
+    while ledger.end < size:
+        node_id = 2 + number % nodes
+        ledger.append(NODE, NodeRecord(node_id, (0, node_id), 1, False, ((1, b"n" * 200),)).pack())
+        ledger.said(0, [node_id])
+        number += 1
+
+
+async def compactions(line: Line, ledger: Ledger, checks: int) -> list[int]:
+    """How long the ledgers were that the keeper was given in so many looks at it."""
+    with trio.move_on_after(checks * keeping_module._COMPACT_CHECK_SECONDS + 1):
+        await line.keeping.compact(ledger)
+    lengths = []
+    while True:
+        try:
+            message, fds = receive(line.keeper, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return lengths
+        assert message == b"L"
+        lengths.append(sum(4 + len(payload) for _, payload in records(fds[0])))
+        os.close(fds[0])
+
+
+async def test_a_long_ledger_is_made_short(
+    line: Line, small_bound: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    ledger = Ledger()
+    grow(ledger, small_bound - 1000, nodes=10)
+    assert await compactions(line, ledger, 3) == [], "it is short enough"
+    grow(ledger, 5 * small_bound, nodes=10)
+    before = ledger.end
+    (length,) = await compactions(line, ledger, 3)
+    assert length == ledger.end < before / 50
+    ledger.close()
+
+
+async def test_one_that_must_say_much_is_not_made_short_all_the_time(
+    line: Line, small_bound: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """That would keep a processor busy."""
+    ledger = Ledger()
+    grow(ledger, 3 * small_bound, nodes=800)
+    assert len(await compactions(line, ledger, 4)) == 1
+    assert ledger.end > small_bound
+    ledger.close()
+
+
+async def test_a_ledger_that_is_lost_is_left_alone(
+    line: Line, small_bound: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    ledger = Ledger()
+    grow(ledger, 3 * small_bound, nodes=10)
+    ledger.lost = True
+    assert await compactions(line, ledger, 2) == []
+    ledger.close()
