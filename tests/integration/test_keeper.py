@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ import pytest
 from bench import guard
 from tests.conftest import DirectoryFactory, MountFactory
 from tests.faulty import FaultySource
+from tests.integration.calls import outcome
 from tests.integration.test_handover import start
 from tests.mounts import STOP_SECONDS, OverlayMount, as_user, is_mounted, raises, tierd, wait_until
-from tierd.node.peer import DYING_SECONDS
+from tierd.node.peer import BEAT_SECONDS, DYING_SECONDS
 from tierd.runtime import is_served, keeper_path, runtime_dir
 
 HOPELESS_SECONDS = 30.0
+KEEPER_BYTES_MAX = 20_000_000
 WAITING_SECONDS = 0.3
 """How long a call must be unanswered to count as one that waits."""
 
@@ -131,6 +133,7 @@ def test_while_daemons_die_at_once_calls_fail_and_nothing_is_lost(overlay_mount:
             mount.drop_unused()
             assert time.monotonic() - started < 5, "at once"
         assert busy_seconds(keeper, 1.0) < 0.3
+        assert psutil.Process(keeper).memory_info().rss < KEEPER_BYTES_MAX
         tierd("upgrade", mount.mountpoint)
         mount.refresh()
         assert mount.record.keeper_pid == keeper
@@ -192,7 +195,7 @@ def test_another_start_is_tried_by_itself(overlay_mount: MountFactory) -> None:
     mount = overlay_mount(prefetch="no")
     (mount.source / "file").write_bytes(b"data")
     keep_killing(mount)
-    wait_until((mount.mountpoint / "file").exists, 60, "another daemon serves")
+    wait_until(lambda: outcome((mount.mountpoint / "file").read_bytes) == b"data", 60, "another daemon serves")
     mount.expect_log("daemon_died", "daemon_keeps_dying")
 
 
@@ -381,19 +384,22 @@ def test_a_daemon_that_attaches_and_dies_costs_a_wait(overlay_mount: MountFactor
 class Kept:
     """A keeper that starts no daemons, and daemons that tests start; all end with the test."""
 
-    def __init__(self, base: Path, source: Path) -> None:
+    def __init__(self, base: Path, source: Path, *, apart: bool = False) -> None:
+        """`apart`: the keeper lives in a PID namespace of its own, as in a pod."""
         self.mountpoint, self.state = base / "mnt", base / "state"
         self.mountpoint.mkdir()
         (source / "file").write_bytes(b"data")
         private = ["--state-dir", self.state, "--cache-dir", base / "cache", "--metrics", "127.0.0.1:0"]
         self._arguments = [str(word) for word in (source, self.mountpoint, *private)]
         self._started: list[subprocess.Popen[bytes]] = []
-        self.keeper = self.start("keeper")
+        self.log_file = base / "log"
+        self.keeper = self.start("keeper", under=("unshare", "--pid", "--fork", "--kill-child") if apart else ())
         wait_until(lambda: is_mounted(self.mountpoint), STOP_SECONDS, "it is mounted")
         self.pool = concurrent.futures.ThreadPoolExecutor()
 
-    def start(self, command: str, *options: str) -> subprocess.Popen[bytes]:
-        self._started.append(start(command, *self._arguments, *options))
+    def start(self, command: str, *options: str, under: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        log = ("--log-file", str(self.log_file))
+        self._started.append(start(command, *self._arguments, *log, *options, under=under))
         return self._started[-1]
 
     def attached(self) -> subprocess.Popen[bytes]:
@@ -479,6 +485,27 @@ def test_an_attached_daemon_that_cannot_serve_does_not_end_the_mount(kept: Kept)
         assert held.read() == b"data"
     kept.keeper.terminate()
     assert ended(kept.keeper) == 0
+
+
+@pytest.mark.campaign
+def test_a_daemon_that_was_given_up_and_cannot_be_killed_leaves_the_mount_to_the_next(
+    new_directory: DirectoryFactory,
+) -> None:
+    """It sees its keeper gone, and would have ended the mount."""
+    kept = Kept(new_directory("kept"), new_directory("source"), apart=True)
+    try:
+        first, file = kept.attached(), kept.mountpoint / "file"
+        assert kept.pool.submit(file.read_bytes).result(STOP_SECONDS) == b"data"
+        first.send_signal(signal.SIGSTOP)
+        wait_until(lambda: "daemon_died" in kept.log_file.read_text(), BEAT_SECONDS + STOP_SECONDS, "it is given up")
+        kept.attached()
+        assert kept.pool.submit(file.with_name("new").write_bytes, b"data").result(STOP_SECONDS) == 4
+        first.send_signal(signal.SIGCONT)
+        assert ended(first) == 1
+        assert "given_up_by_keeper" in kept.log_file.read_text()
+        assert file.with_name("new").read_bytes() == b"data"
+    finally:
+        kept.end()
 
 
 def test_a_keeper_without_a_daemon_ends(kept: Kept) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.mounts import wait_until
 from tests.unit.test_seam import IN_HEADER, INIT, LOOKUP, OPEN, SECONDS, Wire
+from tests.unit.test_seam_short import Way
 from tierd.node.device import RESEND
 from tierd.node.estate import Said
 from tierd.node.ledger import FORGOT, ID, PAIR, RESENT, SAID, SAID_HEAD, UNSAID, Ledger, records
@@ -81,6 +82,16 @@ def test_what_a_reply_tells_is_written_down_before_the_kernel_has_it(line: Line)
     line.wire.reply(10, struct.pack("=QIi", 77, 0, 0))
     line.wire.answer()
     assert line.written() == [*said, (SAID, SAID_HEAD.pack(10, 77))]
+
+
+def test_what_the_short_way_tells_is_written_down_too(line: Line) -> None:
+    line.wire.seam._short_way = Way()
+    line.wire.seam.start()
+    line.wire.request(LOOKUP, 8, b"name\0")
+    assert line.wire.answer() == (8, 0, b"entry of name")
+    line.wire.request(OPEN, 10, struct.pack("=II", os.O_RDONLY, 0))
+    line.wire.answer()
+    assert line.written() == [(SAID, SAID_HEAD.pack(8, 0) + b"entry of"), (SAID, SAID_HEAD.pack(10, 1 << 48))]
 
 
 def test_an_error_tells_of_nothing(line: Line) -> None:

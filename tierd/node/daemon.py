@@ -38,7 +38,7 @@ from tierd.node.recorder import ModelDirs, Recorder
 from tierd.node.seam import Inheritance, Seam
 from tierd.node.sources import PosixSource, Root
 from tierd.node.tier_setup import TierParts
-from tierd.runtime import MountRecord, write_record
+from tierd.runtime import MountRecord, is_served, write_record
 
 log = structlog.get_logger(__name__)
 
@@ -289,7 +289,13 @@ class Daemon:
 
     async def _go_on_alone(self) -> None:
         """The keeper is gone, and its locks with it: take them, before somebody else does. The mount goes on without,
-        but not beside another daemon that works in our directories."""
+        but not beside another daemon that works in our directories.
+
+        If the mountpoint's lock is held, the keeper lives and has given this daemon up: nothing here is ours any more.
+        """
+        if is_served(self.settings.mountpoint):
+            log.error("given_up_by_keeper", consequence="this process ends", reason="it had been silent for too long")
+            os._exit(1)
         directories = self.state_dir, self.settings.mountpoint, self._cache_dir
         try:
             self._kept.enter_context(await trio.to_thread.run_sync(lambda: preflight.hold_locks_of(*directories)))
