@@ -6,6 +6,7 @@ import array
 import concurrent.futures
 import errno
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from tests.conftest import DirectoryFactory, MountFactory
 from tests.faulty import FaultySource
 from tests.integration.calls import outcome
 from tests.integration.test_handover import start
-from tests.mounts import STOP_SECONDS, OverlayMount, as_user, is_mounted, raises, tierd, wait_until
+from tests.mounts import REPOSITORY, STOP_SECONDS, OverlayMount, as_user, is_mounted, raises, tierd, wait_until
 from tierd.node.peer import BEAT_SECONDS, DYING_SECONDS
 from tierd.runtime import is_served, keeper_path, runtime_dir
 
@@ -188,6 +189,71 @@ def test_daemons_that_cannot_serve_do_not_end_the_mount(overlay_mount: MountFact
         tierd("upgrade", mount.mountpoint)
         assert held.read() == b"data"
     mount.expect_log("daemon_died", "daemon_cannot_serve", "daemon_keeps_dying")
+
+
+def test_a_killed_template_is_replaced(overlay_mount: MountFactory) -> None:
+    mount = overlay_mount(prefetch="no")
+    (template,) = psutil.Process(mount.record.keeper_pid).children()
+    with (mount.mountpoint / "file").open("w+b", buffering=0) as held:
+        template.kill()
+        mount.succeeded(mount.kill_daemon())
+        assert held.write(b"data") == 4
+    mount.expect_log("daemon_died")
+
+
+def test_an_upgrade_to_what_does_not_work_leaves_everything_as_it_was(
+    overlay_mount: MountFactory, new_directory: DirectoryFactory
+) -> None:
+    """The old daemon went on; but what came after its death was to be of the version that does not work."""
+    mount = overlay_mount(prefetch="no")
+    daemon, python = mount.pid, new_directory("bare") / "python"
+    python.symlink_to(os.path.realpath(sys.executable))  # has none of the packages
+    with connected(mount) as sock:
+        sock.send(b"U" + json.dumps({"python": str(python), "root": str(REPOSITORY)}).encode())
+        assert b"the old one serves on" in sock.recv(1000)
+    python.unlink()
+    with (mount.mountpoint / "file").open("w+b", buffering=0) as held:
+        mount.succeeded(mount.kill_daemon())
+        assert held.write(b"data") == 4
+    assert mount.pid != daemon
+    mount.expect_log("daemon_died")
+
+
+def test_daemons_of_a_python_that_was_removed(overlay_mount: MountFactory, new_directory: DirectoryFactory) -> None:
+    """The keeper ended of it. Whoever mounts by a wrapper, or moves a virtual environment, may have that."""
+    mount = overlay_mount(prefetch="no")
+    wrapper = new_directory("wrapper") / "python"
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    (mount.source / "file").write_bytes(b"data")
+    with connected(mount) as sock:
+        sock.send(b"U" + json.dumps({"python": str(wrapper), "root": str(REPOSITORY)}).encode())
+        assert b"restarts" in sock.recv(1000)
+    mount.refresh()
+    for child in psutil.Process(mount.record.keeper_pid).children():
+        child.kill()
+    wrapper.unlink()
+    mount.kill_daemon()
+    wait_until(lambda: "daemon_keeps_dying" in events(mount), HOPELESS_SECONDS, "the keeper gives up")
+    assert outcome((mount.mountpoint / "file").read_bytes) == "EIO"
+    tierd("upgrade", mount.mountpoint)
+    assert (mount.mountpoint / "file").read_bytes() == b"data"
+    mount.expect_log("daemon_died", "no_daemon_started", "daemon_keeps_dying")
+
+
+def test_a_stop_while_no_daemon_has_begun(overlay_mount: MountFactory) -> None:
+    """There is nobody to wait for."""
+    mount = overlay_mount(prefetch="no")
+    (template,) = psutil.Process(mount.record.keeper_pid).children()
+    template.suspend()
+    try:
+        mount.kill_daemon()
+        wait_until(lambda: "daemon_died" in events(mount), STOP_SECONDS, "the keeper notices")
+        tierd("umount", mount.mountpoint, "--timeout", "5")
+        assert not is_mounted(mount.mountpoint)
+    finally:
+        template.resume()
+    mount.expect_log("daemon_died")
 
 
 @pytest.mark.campaign

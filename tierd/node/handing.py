@@ -77,7 +77,8 @@ def become_as_asked(asked: bytes, state: dict[str, Any]) -> str:
     try:
         told = json.loads(asked)
         python, root = str(told["python"]), str(told["root"])
-        become(python, root, {**state, "argv": state["argv"] and [python, *state["argv"][1:]]})
+        argv = state["argv"]
+        become(python, root, {**state, "argv": argv and [python, *argv[1:]], "argv_before": argv})
     except (OSError, ValueError, LookupError, TypeError) as error:
         return repr(error)
 

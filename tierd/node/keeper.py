@@ -72,7 +72,7 @@ class Keeper:
         for peer in filter(None, (self.daemon, self.newer)):
             if peer.dead(now):
                 self.gone(peer)
-        if self.daemon is None and self.stop_by is not None:
+        if self.stop_by is not None and (self.daemon is None or self.daemon.pid is None):  # nobody who has anything
             self.exit_code = self.exit_code or 0
         elif self.daemon is not None and self.stop_by is not None and self.daemon.leave_by is None:
             self.daemon.leave_by = self.stop_by
@@ -156,6 +156,8 @@ class Keeper:
             peer.kill()
         if peer is self.newer:
             self.newer = None
+            if self.asker is not None:  # the next ones are of the version that works
+                self.template, self.state["argv"] = None, self.state["argv_before"]
             return self.answer(error="the new daemon ended before it took over; the old one serves on")
         if peer is not self.daemon:
             return None
