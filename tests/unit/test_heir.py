@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -92,6 +93,15 @@ async def test_handles_are_not_used_again(mortal: MortalBench) -> None:
     await mortal.mortal.overlay.release(opened.fh)
     assert await mortal.overlay.read(other.fh, 0, 10) == b""
     await mortal.overlay.release(other.fh)
+
+
+async def test_handles_of_the_short_way_are_not_used_again(mortal: MortalBench) -> None:
+    """Each daemon has numbers of its own, as above."""
+    firsts = []
+    for _ in range(3):
+        mortal.mortal.die()
+        firsts.append(mortal.mortal.hot._next_fh)
+    assert [after - before for before, after in itertools.pairwise(firsts)] == [1 << 32, 1 << 32]
 
 
 async def test_open_files_go_on(mortal: MortalBench) -> None:
