@@ -163,6 +163,18 @@ def test_a_call_that_waited_for_a_daemon_gets_its_error_in_the_end(overlay_mount
     mount.expect_log("daemon_died", "daemon_keeps_dying")
 
 
+def test_an_upgrade_to_a_daemon_that_cannot_serve_says_so(overlay_mount: MountFactory) -> None:
+    """It said nothing for a minute."""
+    mount = overlay_mount(prefetch="no")
+    with index_gone(mount.state_dir):
+        done = tierd("upgrade", mount.mountpoint, check=False)
+        assert (done.returncode, "the version before goes on" in done.stderr) == (1, True), done.stderr
+    tierd("upgrade", mount.mountpoint)
+    (mount.mountpoint / "file").write_bytes(b"data")
+    mount.expect_log("daemon_died", "daemon_cannot_serve")
+    mount.allow_log("daemon_keeps_dying")
+
+
 @contextmanager
 def index_gone(state_dir: Path) -> Iterator[None]:
     """No daemon can start with such an index."""
@@ -210,7 +222,7 @@ def test_an_upgrade_to_what_does_not_work_leaves_everything_as_it_was(
     python.symlink_to(os.path.realpath(sys.executable))  # has none of the packages
     with connected(mount) as sock:
         sock.send(b"U" + json.dumps({"python": str(python), "root": str(REPOSITORY)}).encode())
-        assert b"the old one serves on" in sock.recv(1000)
+        assert b"the version before goes on" in sock.recv(1000)
     python.unlink()
     with (mount.mountpoint / "file").open("w+b", buffering=0) as held:
         mount.succeeded(mount.kill_daemon())

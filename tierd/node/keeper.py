@@ -154,12 +154,11 @@ class Keeper:
         self.drop(peer)
         if peer.code is None:
             peer.kill()
-        if peer is self.newer:
-            self.newer = None
-            if self.asker is not None:  # the next ones are of the version that works
-                self.template, self.state["argv"] = None, self.state["argv_before"]
-            return self.answer(error="the new daemon ended before it took over; the old one serves on")
+        if self.asker is not None and not peer.ready_at:
+            self.template, self.state["argv"] = None, self.state["argv_before"]
+            self.answer(error="the new daemon ended before it served; the version before goes on")
         if peer is not self.daemon:
+            self.newer = None if peer is self.newer else self.newer
             return None
         self.daemon, newer, self.newer = None, self.newer, None
         never_came_up = not self.state["served"] and self.state["argv"]
