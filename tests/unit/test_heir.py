@@ -177,6 +177,23 @@ async def test_the_kernel_s_backings_are_used_and_closed(mortal: MortalBench) ->
     assert not mortal.mortal.kernel_backings.live
 
 
+async def test_what_was_closed_while_no_daemon_lived_is_closed(mortal: MortalBench) -> None:
+    """Whoever stands in for a daemon writes down that the kernel released a handle, and can do no more about it."""
+    for name in ("a", "b"):
+        (mortal.beneath / name).write_bytes(b"content")
+    kept, closed = await mortal.kernel.open(b"a"), await mortal.kernel.open(b"b")
+    kernel = mortal.mortal.kernel_backings
+    kernel.opens.pop(closed.fh)
+    mortal.mortal.known.discard(closed.fh)
+    mortal.mortal.ledger.closed(closed.fh)
+    mortal.mortal.die()
+    join_closers()
+    assert kernel.live == {mortal.mortal.passed_through[kept.fh]}
+    assert closed.fh not in mortal.mortal.keep.held
+    await mortal.overlay.release(kept.fh)
+    assert not kernel.live
+
+
 @pytest.mark.parametrize("opens", [0, 1])
 async def test_a_backing_that_was_not_written_down_is_closed(mortal: MortalBench, opens: int) -> None:
     """Nobody knows it, and no /proc shows it, but it pins its file; the first one is no exception."""
