@@ -223,6 +223,10 @@ class OverlayMount:
             _libc.syncfs(fd)  # pages written through an mmap keep their inode
         finally:
             os.close(fd)
+        self.drop_unused()
+
+    def drop_unused(self) -> None:
+        """The same without a request that waits for an answer: what was written must be on its way."""
         if _libc.mount(None, os.fsencode(self.mountpoint), None, _MS_REMOUNT | _MS_NOSUID_NODEV, None) != 0:
             number = ctypes.get_errno()
             raise OSError(number, f"remount: {os.strerror(number)}")
@@ -307,7 +311,7 @@ def as_user(
     The interpreter starts as root and drops its rights itself: it may lie where only root may go.
     """
     prelude = (
-        "import errno, os, sys\n"
+        "import errno, os, socket, sys\n"
         f"os.setgroups({list(groups)}); os.setresgid({gid}, {gid}, {gid}); os.setresuid({uid}, {uid}, {uid})\n"
         f"os.umask({umask})\n"
         "try:\n"

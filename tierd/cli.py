@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tierd import __version__, background, cli_keeper, client, log
+from tierd import __version__, background, cli_keeper, client, console, log
 from tierd.cli_tier import add_commands
 from tierd.config import MountSettings, load
 from tierd.console import (
@@ -235,7 +235,7 @@ def _mount_in_background(settings: MountSettings) -> None:
 
 @app.command()
 def umount(
-    mountpoint: Annotated[Path, typer.Argument(help="The mountpoint given to `tierd mount`.")],
+    mountpoint: Annotated[Path, typer.Argument(parser=console.path, help="The mountpoint given to `tierd mount`.")],
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the daemon to end.")] = 30.0,
 ) -> None:
     """Stop the daemon of MOUNTPOINT cleanly; clears a mount whose daemon is gone."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import structlog
 import typer
 
 from tierd import background, client, log
@@ -109,6 +110,8 @@ def daemon(settings: MountSettings, sock: socket.socket, ready_fd: int | None, *
         Daemon(settings, keeping, ready=ready, attached=attached).run()
     except TierdError as error:
         complain(str(error), error.hint)
+        if keeping.restarts:  # whoever started the mount does not listen any more
+            structlog.get_logger(__name__).error("daemon_cannot_serve", reason=str(error), hint=error.hint)
         code = error.exit_code
     keeping.farewell(code)
     return code
@@ -129,8 +132,9 @@ def _connect(mountpoint: Path) -> socket.socket:
 
 def _take_over(mountpoint: Path) -> None:
     """This process becomes the keeper that another one is, with all that it has. Raises UsageError."""
-    from tierd.node import handing, launch
+    from tierd.node import handing, launch, preflight
 
+    preflight.raise_descriptor_limit()
     path = resolve_mountpoint(mountpoint)
     with _connect(path):
         pass

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 from rich.text import Text
 
-from tierd import client
+from tierd import client, console
 from tierd.config import size_bytes
 from tierd.console import AsJson, err, fetch, human_bytes, out, print_json, printable
 from tierd.errors import DaemonError, UsageError
@@ -21,7 +21,10 @@ from tierd.errors import DaemonError, UsageError
 _POLL_SECONDS = 0.2
 _Models = Annotated[list[str], typer.Argument(help="As `tierd models` names them, or the last parts of the name.")]
 _On = Annotated[
-    Path | None, typer.Option("--mount", help="Which mount; may be left out if there is only one.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--mount", parser=console.path, help="Which mount; may be left out if there is only one.", show_default=False
+    ),
 ]
 
 

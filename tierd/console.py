@@ -19,8 +19,16 @@ from tierd import client
 out = Console(emoji=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 512)
 """Into a pipe, names are not cut off to fit a terminal."""
 err = Console(stderr=True, emoji=False)
+
+
+def path(text: str) -> Path:
+    """A parser of paths: typer's own asks the mount for its attributes, and its daemon may hang."""
+    return Path(text)
+
+
 Mountpoint = Annotated[
-    Path | None, typer.Argument(help="Which mount; may be left out if there is only one.", show_default=False)
+    Path | None,
+    typer.Argument(parser=path, help="Which mount; may be left out if there is only one.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON with stable keys instead of a table.")]
 

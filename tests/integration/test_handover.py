@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,8 +94,8 @@ def arguments(new_directory: DirectoryFactory) -> list[str]:
     return [str(word) for word in (source, base / "mnt", *private)]
 
 
-def start(*words: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tierd", *words]
+def start(*words: str, under: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    command = [*under, sys.executable, "-m", "tierd", *words]
     null = subprocess.DEVNULL
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdin=null, stdout=null, stderr=null)
 

@@ -217,8 +217,8 @@ class Mortal:
 
     def _inherit(self, estate: Estate, holder: KeepFor) -> None:
         held = {key: os.dup(fd) for key, fd in self.keep.held.items()}
-        hot = HotFiles(self.source.key, lambda: None, attr_timeout_s=1.0, entry_timeout_s=1.0, ledger=self.ledger)
-        inherit(Heir(self.overlay, hot, self.backings, held, {}, holder.drop), estate, self.generation)
+        self.hot = HotFiles(self.source.key, lambda: None, attr_timeout_s=1.0, entry_timeout_s=1.0, ledger=self.ledger)
+        inherit(Heir(self.overlay, self.hot, self.backings, held, {}, holder.drop), estate, self.generation)
         self.doubtful = dict(estate.doubtful)
 
     def die(self) -> None:

@@ -23,6 +23,7 @@ from tierd.metrics import Metrics
 from tierd.node import fuse
 from tierd.node.fuse import OPERATIONS, FuseOperations
 from tierd.node.ledger import ROOT_ID
+from tierd.node.reach import Caller
 from tierd.node.sources import Moved
 
 
@@ -116,6 +117,42 @@ async def test_an_error_of_the_source_is_its_errno(operation: str) -> None:
     assert logs == []
     assert operations.metrics.totals()["handler_failures"] == 0
     assert counted(operations.metrics) == {"EDQUOT": 1}
+
+
+class Hearing:
+    """An overlay that is told something and refuses it."""
+
+    source = SimpleNamespace(acls=False)
+    told: tuple[Any, ...] = ()
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[None]]:
+        async def refuse(*args: Any) -> None:
+            self.told = args
+            raise OSError(errno.EROFS, "refused")
+
+        return refuse
+
+
+@pytest.mark.parametrize(
+    "operation",
+    ["setattr", "mknod", "mkdir", "symlink", "unlink", "rmdir", "rename", "link", "create", "removexattr"],
+)
+async def test_the_number_of_a_request_that_must_not_be_done_twice_is_told(operation: str) -> None:
+    """Without it nothing would be written down of it."""
+    overlay = Hearing()
+    metrics = Metrics(CollectorRegistry(), operations=OPERATIONS)
+    operations = FuseOperations(
+        overlay,  # type: ignore[arg-type]
+        metrics,
+        congested=lambda: False,
+        caller_of=lambda pid: (pid, 4711),
+        attr_timeout_s=1.5,
+        entry_timeout_s=2.5,
+    )
+    with pytest.raises(pyfuse3.FUSEError):
+        await call(operations, operation)
+    callers = [argument.unique for argument in overlay.told if isinstance(argument, Caller)]
+    assert callers == [4711] or overlay.told[-1] == 4711
 
 
 @pytest.mark.parametrize(

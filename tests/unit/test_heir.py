@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -94,6 +95,15 @@ async def test_handles_are_not_used_again(mortal: MortalBench) -> None:
     await mortal.overlay.release(other.fh)
 
 
+async def test_handles_of_the_short_way_are_not_used_again(mortal: MortalBench) -> None:
+    """Each daemon has numbers of its own, as above."""
+    firsts = []
+    for _ in range(3):
+        mortal.mortal.die()
+        firsts.append(mortal.mortal.hot._next_fh)
+    assert [after - before for before, after in itertools.pairwise(firsts)] == [1 << 32, 1 << 32]
+
+
 async def test_open_files_go_on(mortal: MortalBench) -> None:
     opened = await mortal.kernel.create(b"a")
     await mortal.overlay.write(opened.fh, 0, b"one")
@@ -165,6 +175,23 @@ async def test_the_kernel_s_backings_are_used_and_closed(mortal: MortalBench) ->
     assert mortal.mortal.kernel_backings.live == {backing_id}
     await mortal.overlay.release(second.fh)
     assert not mortal.mortal.kernel_backings.live
+
+
+async def test_what_was_closed_while_no_daemon_lived_is_closed(mortal: MortalBench) -> None:
+    """Whoever stands in for a daemon writes down that the kernel released a handle, and can do no more about it."""
+    for name in ("a", "b"):
+        (mortal.beneath / name).write_bytes(b"content")
+    kept, closed = await mortal.kernel.open(b"a"), await mortal.kernel.open(b"b")
+    kernel = mortal.mortal.kernel_backings
+    kernel.opens.pop(closed.fh)
+    mortal.mortal.known.discard(closed.fh)
+    mortal.mortal.ledger.closed(closed.fh)
+    mortal.mortal.die()
+    join_closers()
+    assert kernel.live == {mortal.mortal.passed_through[kept.fh]}
+    assert closed.fh not in mortal.mortal.keep.held
+    await mortal.overlay.release(kept.fh)
+    assert not kernel.live
 
 
 @pytest.mark.parametrize("opens", [0, 1])

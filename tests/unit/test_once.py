@@ -519,6 +519,46 @@ async def test_a_truncation_not_answered_keeps_the_rest_of_what_was_asked(line: 
     assert os.stat(daemons.top / "a").st_mode & 0o777 == 0o640
 
 
+async def test_a_truncation_through_a_descriptor_takes_effect_once(line: Line, daemons: Daemons) -> None:
+    (daemons.top / "a").write_bytes(b"content")
+    for unique in (UNIQUE, UNIQUE | RESENT):
+        overlay = line.overlay()
+        entry = await overlay.lookup(ROOT_ID, b"a")
+        opened = await overlay.open(entry.node_id, os.O_WRONLY, ME)
+        await overlay.setattr(entry.node_id, Changes(size=3), opened.fh, unique)
+        assert (daemons.top / "a").read_bytes() == (b"con" if unique == UNIQUE else b"more")
+        (daemons.top / "a").write_bytes(b"more")
+        await overlay.release(opened.fh)
+
+
+async def test_an_attribute_that_was_removed_and_set_anew_stays(line: Line, daemons: Daemons) -> None:
+    (daemons.top / "a").touch()
+    for unique in (UNIQUE, UNIQUE | RESENT):
+        os.setxattr(daemons.top / "a", "user.x", b"%d" % unique)
+        overlay = line.overlay()
+        entry = await overlay.lookup(ROOT_ID, b"a")
+        await overlay.removexattr(entry.node_id, b"user.x", unique)
+    assert os.listxattr(daemons.top / "a") == ["user.x"]
+
+
+async def test_an_append_sent_again_lands_where_it_was(line: Line, daemons: Daemons) -> None:
+    """The kernel says where; a descriptor of the source that appends would write it twice."""
+    (daemons.top / "a").write_bytes(b"content ")
+    for _ in range(2):
+        overlay = line.overlay()
+        entry = await overlay.lookup(ROOT_ID, b"a")
+        opened = await overlay.open(entry.node_id, os.O_WRONLY | os.O_APPEND, ME)
+        await overlay.write(opened.fh, 8, b"appended")
+        await overlay.release(opened.fh)
+    overlay = line.overlay()
+    created, _ = await overlay.create(ROOT_ID, b"b", os.O_WRONLY | os.O_APPEND, 0o600, ME)
+    for _ in range(2):
+        await overlay.write(created.fh, 0, b"appended")
+    await overlay.release(created.fh)
+    assert (daemons.top / "a").read_bytes() == b"content appended"
+    assert (daemons.top / "b").read_bytes() == b"appended"
+
+
 def test_an_inode_that_moved_is_no_name() -> None:
     """`Moved` is how a source says that a name means another inode."""
     ledger = Ledger()

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -28,18 +29,19 @@ SECONDS = 10.0
 class Wire:
     """The kernel's end of the device, libfuse's end of the seam, and what was heard of the end."""
 
-    def __init__(self, nowhere: Path, *, passthrough: bool = False) -> None:
+    def __init__(self, nowhere: Path, *, passthrough: bool = False, start: bool = True, **options: Any) -> None:
         device, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (device, self.kernel):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 end.setsockopt(socket.SOL_SOCKET, option, 4 << 20)
         self.ended = threading.Event()
-        self.seam = Seam(device.detach(), self.ended.set, passthrough=passthrough)
+        self.seam = Seam(device.detach(), self.ended.set, passthrough=passthrough, **options)
         self.libfuse = socket.socket(fileno=os.dup(self.seam.libfuse_fd))
         self.kernel.settimeout(SECONDS)
         self.libfuse.settimeout(SECONDS)
         self._nowhere = nowhere
-        self.seam.start()
+        if start:
+            self.seam.start()
 
     def request(self, opcode: int, unique: int, body: bytes = b"") -> bytes:
         """Send a request as the kernel does."""

@@ -38,7 +38,7 @@ from tierd.node.recorder import ModelDirs, Recorder
 from tierd.node.seam import Inheritance, Seam
 from tierd.node.sources import PosixSource, Root
 from tierd.node.tier_setup import TierParts
-from tierd.runtime import MountRecord, write_record
+from tierd.runtime import MountRecord, is_served, write_record
 
 log = structlog.get_logger(__name__)
 
@@ -74,7 +74,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or an unmount, or until a newer daemon takes over. Raises UsageError."""
-        with ExitStack() as stack:
+        with ExitStack() as self._kept, ExitStack() as stack:
             self._take_what_is_held()
             self._build(stack)
             if os.geteuid() == 0:
@@ -248,7 +248,8 @@ class Daemon:
                 for name, task in self.tier.tasks().items():
                     nursery.start_soon(keep_running, name, task)
             self._start_admin(nursery)
-            nursery.start_soon(keep_running, "keeper", self._keeping.run, self._stop.set, self._leave, self._publish)
+            heed = (self._stop.set, self._leave, self._publish, self._go_on_alone)
+            nursery.start_soon(keep_running, "keeper", self._keeping.run, *heed)
             nursery.start_soon(keep_running, "ledger", self._keeping.compact, self.ledger)
             self._publish()
             log.info("mounted" if left is None else "serving", **self._record_for_log())
@@ -273,7 +274,7 @@ class Daemon:
             task_status.started()
             async for number in signals:
                 log.info("stopping", signal=signal.Signals(number).name)
-                if self._attached:
+                if self._attached and not self._keeping.alone:
                     await self._leave()
                 self._stop.set()
 
@@ -285,6 +286,25 @@ class Daemon:
             await self.recorder.flush()
         log.info("left", mountpoint=str(self.settings.mountpoint))
         os._exit(0)
+
+    async def _go_on_alone(self) -> None:
+        """The keeper is gone, and its locks with it: take them, before somebody else does. The mount goes on without,
+        but not beside another daemon that works in our directories.
+
+        If the mountpoint's lock is held, the keeper lives and has given this daemon up: nothing here is ours any more.
+        """
+        if is_served(self.settings.mountpoint):
+            log.error("given_up_by_keeper", consequence="this process ends", reason="it had been silent for too long")
+            os._exit(1)
+        directories = self.state_dir, self.settings.mountpoint, self._cache_dir
+        try:
+            self._kept.enter_context(await trio.to_thread.run_sync(lambda: preflight.hold_locks_of(*directories)))
+        except UsageError as error:
+            log.error("keeper_gone", consequence="this daemon ends", reason=str(error))
+            self._stop.set()
+            return
+        log.error("keeper_gone", consequence="the mount ends with this daemon", hint="tierd umount, and mount anew")
+        self._publish()
 
     async def _answer_requests(
         self, left: Inheritance | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -322,6 +342,12 @@ class Daemon:
         if os.geteuid() != 0:
             return "daemon", "passthrough needs root"
         return "daemon", f"the kernel offers no passthrough (Linux 6.9 does, this is {platform.release()})"
+
+    def _handover(self) -> str:
+        """What happens when this daemon dies."""
+        if self._keeping.alone:
+            return "none"
+        return "resend" if self.seam.resend_agreed and not self.ledger.lost else "remount"
 
     # --- what it tells ---
 
@@ -378,7 +404,7 @@ class Daemon:
             "daemon_pid": record.pid,
             "keeper_pid": self._keeping.keeper_pid,
             "restarts": self._keeping.restarts,
-            "handover": "resend" if self.seam.resend_agreed and not self.ledger.lost else "remount",
+            "handover": self._handover(),
             "started_at": iso_time(int(self._started * 1e9)),
             "uptime_seconds": round(time.time() - self._started, 3),
             "metrics_address": record.metrics_address,

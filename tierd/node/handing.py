@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from tierd.node.packets import pair, receive, receive_held, send, send_held
 
@@ -21,11 +21,17 @@ def descriptors(state: dict[str, Any]) -> list[int]:
     return [fd for fd in found if fd is not None]
 
 
-def give(sock: socket.socket, state: dict[str, Any]) -> NoReturn:
-    """Hand everything to the keeper that asked for it, and end; the mount goes on."""
-    send(sock, b"J" + json.dumps(state).encode())
-    send_held(sock, {fd: fd for fd in descriptors(state)})
-    os._exit(0)
+GIVE_SECONDS: Final = 2.0
+
+
+def give(sock: socket.socket, state: dict[str, Any]) -> None:
+    """Hand everything to the keeper that asked for it, and end; return if it did not take it."""
+    sock.settimeout(GIVE_SECONDS)
+    with suppress(OSError):
+        send(sock, b"J" + json.dumps(state).encode())
+        send_held(sock, {fd: fd for fd in descriptors(state)})
+        if receive(sock)[0] == b".":
+            os._exit(0)
 
 
 def take(path: str) -> dict[str, Any]:
@@ -35,6 +41,7 @@ def take(path: str) -> dict[str, Any]:
         send(sock, b"K")
         state: dict[str, Any] = json.loads(receive(sock)[0][1:])
         ours = receive_held(sock)
+        send(sock, b".")
     daemon = state["daemon"]
     return {
         **state,
@@ -48,13 +55,32 @@ _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from tierd.node.keeper 
 
 
 def become(python: str, root: str, state: dict[str, Any]) -> NoReturn:
-    """Go on as a keeper, in this process and with all its descriptors: by the code that lies below `root`."""
+    """Go on as a keeper, in this process and with all its descriptors: by the code that lies below `root`.
+
+    Raises OSError, and has changed nothing then.
+    """
     memory = os.memfd_create("tierd-keeper")
     with open(memory, "wb", closefd=False) as file:
         file.write(json.dumps(state).encode())
-    for fd in (memory, *descriptors(state)):
-        os.set_inheritable(fd, True)
-    become_by(python, root, str(memory))
+    try:
+        for fd in (memory, *descriptors(state)):
+            os.set_inheritable(fd, True)
+        become_by(python, root, str(memory))
+    finally:  # there is no such Python
+        for fd in descriptors(state):
+            os.set_inheritable(fd, False)
+        os.close(memory)
+
+
+def become_as_asked(asked: bytes, state: dict[str, Any]) -> str:
+    """Go on as the Python and the code that the JSON of a command names; why not, if that cannot be."""
+    try:
+        told = json.loads(asked)
+        python, root = str(told["python"]), str(told["root"])
+        argv = state["argv"]
+        become(python, root, {**state, "argv": argv and [python, *argv[1:]], "argv_before": argv})
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return repr(error)
 
 
 def become_by(python: str, root: str, argument: str) -> NoReturn:

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn, cast
 
+from tierd.node import handing
+from tierd.node.board import Board, Door
 from tierd.node.device import MountError
-from tierd.node.handing import become, clean_up, descriptors, give, hush, log_plainly, offer, start_template, state_from
-from tierd.node.packets import LEDGER, is_ours, pair, receive, send, send_held
+from tierd.node.packets import LEDGER, pair, pid_of, send, send_held
 from tierd.node.peer import Peer, Succession
 from tierd.node.vault import Vault
 
-LEAVE_SECONDS, STOP_SECONDS, RETRY_SECONDS, COMMAND_SECONDS, TICK_MS = 2.0, 25.0, 30.0, 1.0, 100
+LEAVE_SECONDS, STOP_SECONDS, RETRY_SECONDS, TICK_MS = 2.0, 25.0, 30.0, 100
 
 
 class Keeper:
@@ -32,17 +31,17 @@ class Keeper:
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state, self.succession, self.start_at = state, Succession(), 0.0
-        self.poll, self.handlers = select.poll(), dict[int, Callable[[], None]]()
         self.daemon = self.newer = cast(Peer | None, None)
         self.stop_by, self.exit_code = cast(float | None, None), cast(int | None, None)
-        self.listener = socket.socket(fileno=state["listener"])
-        self.watch(self.listener, self.accept)
+        self.board = Board()
+        self.door = Door(self.board, socket.socket(fileno=state["listener"]), self.meet)
         held = {int(key): fd for key, fd in state["held"].items()}
         self.vault = Vault(held, state["mountpoint"], allow_other=state["allow_other"])
         self.template = None if state["template"] is None else socket.socket(fileno=state["template"])
         if state["daemon"] is not None:
             fd, pid, ready_at = state["daemon"]
-            self.daemon = self.attach(socket.socket(fileno=fd), pid, ready_at)
+            sock = socket.socket(fileno=fd)
+            self.daemon = self.attach(sock, pid if state["argv"] else pid_of(sock), ready_at)
             self.daemon.tell(b"k%d" % os.getpid())
         self.asker = None if state["asker"] is None else socket.socket(fileno=state["asker"])
         if self.asker is not None:
@@ -50,27 +49,17 @@ class Keeper:
 
     def log(self, event: str, level: str = "info", **facts: object) -> None:
         if level in self.state["log_levels"]:
-            log_plainly(event, level, facts, file=self.state["log_file"], as_json=self.state["log_json"])
-
-    def watch(self, sock: socket.socket, handler: Callable[[socket.socket], None]) -> None:
-        self.handlers[sock.fileno()] = lambda: handler(sock)
-        self.poll.register(sock, select.POLLIN)
-
-    def unwatch(self, sock: socket.socket) -> None:
-        if self.handlers.pop(sock.fileno(), None):
-            self.poll.unregister(sock)
-        sock.close()
+            handing.log_plainly(event, level, facts, file=self.state["log_file"], as_json=self.state["log_json"])
 
     def run(self) -> int:
         """Keep the mount until it shall end; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         while self.exit_code is None:
-            for fd, _ in self.poll.poll(TICK_MS):
-                self.handlers.get(fd, int)()
+            self.board.turn(TICK_MS)
             self.tick(time.monotonic())
         self.vault.unmount()
-        clean_up(self.state)
+        handing.clean_up(self.state)
         return self.exit_code
 
     def stop(self, number: int, _frame: object) -> None:
@@ -80,12 +69,12 @@ class Keeper:
 
     def tick(self, now: float) -> None:
         """What time brings: a death, the end, a beginning."""
-        for peer in (self.daemon, self.newer):
-            if peer is not None and peer.dead(now):
+        for peer in filter(None, (self.daemon, self.newer)):
+            if peer.dead(now):
                 self.gone(peer)
-        if self.stop_by is not None and self.daemon is None:
+        if self.stop_by is not None and (self.daemon is None or self.daemon.pid is None):  # nobody who has anything
             self.exit_code = self.exit_code or 0
-        elif self.stop_by is not None and self.daemon is not None and self.daemon.leave_by is None:
+        elif self.daemon is not None and self.stop_by is not None and self.daemon.leave_by is None:
             self.daemon.leave_by = self.stop_by
             self.daemon.tell(b"s")
         elif self.daemon is None and self.exit_code is None and now >= self.start_at and self.state["argv"]:
@@ -93,75 +82,87 @@ class Keeper:
             self.daemon = self.fork()
 
     def fork(self) -> Peer:
-        """Have the template, a new one if it is gone, make a daemon."""
+        """Have the template, a new one if it is gone, make a daemon. What comes to nothing ends its socket."""
         ours, theirs = pair()
         with theirs:
-            if self.template is None or not offer(self.template, theirs.fileno()):
-                self.template = start_template(self.state["argv"])
-                offer(self.template, theirs.fileno())
+            if self.template is None or not handing.offer(self.template, theirs.fileno()):
+                try:
+                    self.template = handing.start_template(self.state["argv"])
+                    handing.offer(self.template, theirs.fileno())
+                except OSError as error:  # that Python was removed, or there is no memory
+                    self.log("no_daemon_started", "error", reason=str(error))
         return self.attach(ours)
 
-    def attach(self, sock: socket.socket, pid: int = 0, ready_at: float = 0.0) -> Peer:
+    def attach(self, sock: socket.socket, pid: int | None = None, ready_at: float = 0.0) -> Peer:
         peer = Peer(sock, pid, ready_at)
-        self.watch(sock, lambda _: self.hear(peer))
+        self.board.listen(sock, lambda data, fds: self.heed(peer, data, fds))
         return peer
 
-    def hear(self, peer: Peer) -> None:
+    def drop(self, peer: Peer) -> None:
+        self.board.unwatch(peer.sock)
+        peer.sock.close()
+
+    def heed(self, peer: Peer, data: bytes, fds: list[int]) -> None:
         """One message of a daemon, or its end."""
-        try:
-            data, fds = receive(peer.sock)
-        except OSError:
-            data, fds = b"", []
         kind, body, peer.heard = data[:1], data[1:], time.monotonic()
+        number = int(body) if body.isdigit() else 0
         if kind == b"P":
-            peer.pid = int(body)
+            peer.pid = number if peer.pid is None else peer.pid
             self.introduce(peer)
         elif kind in (b"h", b"L") and fds:
-            self.vault.hold(LEDGER if kind == b"L" else int(body), fds[0])
+            self.vault.hold(LEDGER if kind == b"L" else number, fds.pop(0))
         elif kind == b"d":
-            self.vault.drop(int(body))
+            self.vault.drop(number)
         elif kind == b"r":
             self.ready(peer, resend=body == b"1")
         elif kind == b"l":
             peer.leaving = True
         elif kind == b"q":
-            peer.code = int(body)
+            peer.code = number
         elif not kind:
             self.gone(peer)
 
     def introduce(self, peer: Peer) -> None:
         """Give everything to a daemon; if another one serves, once that has left."""
         if self.daemon is not None and self.daemon is not peer:
-            self.newer, self.daemon.leave_by, self.daemon.leaving = peer, time.monotonic() + LEAVE_SECONDS, True
+            if self.newer is not None and self.newer is not peer:  # the newest takes over; this one ends for it
+                self.drop(self.newer)
+            self.newer = peer
+            self.daemon.leave_by, self.daemon.leaving = time.monotonic() + LEAVE_SECONDS, True
             return self.daemon.tell(b"l")
         self.relieve()
         self.daemon = peer
         told = {key: self.state[key] for key in ("told", "restarts", "resend")}
-        peer.tell(b"J" + json.dumps({**told, "keeper_pid": os.getpid()}).encode())
-        with suppress(OSError):
+        try:
+            send(peer.sock, b"J" + json.dumps({**told, "keeper_pid": os.getpid()}).encode())
             send_held(peer.sock, self.vault.for_daemons())
+        except OSError:  # it has died, or does not listen
+            self.gone(peer)
         return None
 
     def ready(self, peer: Peer, *, resend: bool) -> None:
         peer.ready_at, self.state["resend"], self.state["served"] = time.monotonic(), resend, True
         if self.state["quiet"] and self.template is not None:
             self.state["quiet"] = False
-            hush()
+            handing.hush()
             with suppress(OSError):
                 send(self.template, b"q")
         self.answer(pid=peer.pid, keeper_pid=os.getpid(), restarts=self.state["restarts"])
 
     def gone(self, peer: Peer) -> None:
         """A daemon has ended; unless it meant to, another one takes over."""
-        self.unwatch(peer.sock)
+        self.drop(peer)
         if peer.code is None:
             peer.kill()
+        if self.asker is not None and not peer.ready_at:
+            self.template, self.state["argv"] = None, self.state["argv_before"]
+            self.answer(error="the new daemon ended before it served; the version before goes on")
         if peer is not self.daemon:
-            self.newer = None
-            return self.answer(error="the new daemon ended before it took over; the old one serves on")
+            self.newer = None if peer is self.newer else self.newer
+            return None
         self.daemon, newer, self.newer = None, self.newer, None
-        hopeless = not self.state["served"] and self.state["argv"]
-        if newer is None and (peer.code is not None or self.stop_by is not None or hopeless):
+        never_came_up = not self.state["served"] and self.state["argv"]
+        if newer is None and (peer.code == 0 or self.stop_by is not None or never_came_up):
             self.exit_code = 1 if peer.code is None else peer.code
             return None
         self.state["restarts"] += 1
@@ -176,8 +177,7 @@ class Keeper:
         if self.succession.hopeless and self.state["resend"]:
             delay = RETRY_SECONDS
             stand_in = self.vault.stand_by()
-            self.handlers[stand_in.fileno()] = stand_in.answer
-            self.poll.register(stand_in, select.POLLIN)
+            self.board.watch(stand_in, stand_in.answer)
             self.log("daemon_keeps_dying", "error", callers_get="EIO", next_start_in_seconds=delay)
         self.start_at = now + delay
         event, level = ("daemon_left", "info") if peer.leaving else ("daemon_died", "warning")
@@ -185,34 +185,26 @@ class Keeper:
 
     def relieve(self) -> None:
         if self.vault.stand_in is not None:
-            del self.handlers[self.vault.stand_in.fileno()]
-            self.poll.unregister(self.vault.stand_in)
+            self.board.unwatch(self.vault.stand_in)
         self.vault.relieve()
 
-    def accept(self, listener: socket.socket) -> None:
-        sock = listener.accept()[0]
-        sock.settimeout(COMMAND_SECONDS)
-        kind = data = b""
-        with suppress(OSError):
-            kind = sock.recv(1, socket.MSG_PEEK) if is_ours(sock) else b""
-            data = receive(sock)[0] if kind in (b"U", b"K") else b""
-        sock.settimeout(None)
-        if kind == b"P":
-            self.attach(sock)
-        elif data[:1] == b"U":
-            request = json.loads(data[1:])
-            self.asker, self.state["argv"][:1] = sock, [request["python"]] * bool(self.state["argv"])
-            become(request["python"], request["root"], self.export())
-        elif data[:1] == b"K":
-            give(sock, self.export())
-        else:
-            sock.close()
+    def meet(self, sock: socket.socket, data: bytes, fds: list[int]) -> None:
+        """Somebody connected: a daemon, a command, or nothing of ours."""
+        if data[:1] == b"P":
+            return self.heed(self.attach(sock, pid_of(sock)), data, fds)
+        if data[:1] == b"U":
+            self.asker = sock
+            return self.answer(error=f"the keeper cannot go on so: {handing.become_as_asked(data[1:], self.export())}")
+        if data[:1] == b"K":
+            handing.give(sock, self.export())
+        return sock.close()
 
     def upgrade(self) -> None:
         """A daemon of the newest code takes over from the one that serves; those started elsewhere are not ours to."""
         if self.state["argv"]:
-            self.template = start_template(self.state["argv"])
-            self.newer = self.fork()
+            self.template = None
+            peer = self.fork()
+            self.daemon, self.newer = (self.daemon, peer) if self.daemon is not None else (peer, None)
         else:
             self.answer(pid=self.daemon and self.daemon.pid, keeper_pid=os.getpid(), restarts=self.state["restarts"])
 
@@ -227,7 +219,7 @@ class Keeper:
         return {
             **self.state,
             "held": self.vault.held,
-            "listener": self.listener.fileno(),
+            "listener": self.door.listener.fileno(),
             "template": self.template.fileno() if self.template is not None else None,
             "daemon": self.daemon and [self.daemon.sock.fileno(), self.daemon.pid, self.daemon.ready_at],
             "asker": self.asker.fileno() if self.asker is not None else None,
@@ -238,13 +230,13 @@ def main(argument: str) -> NoReturn:
     """Keep what the argument says (see `state_from`)."""
     with suppress(OSError):  # as the daemon, whose files it is to hold before the daemon may die
         os.setpriority(os.PRIO_PROCESS, 0, -10)
-    state = state_from(argument)
-    for fd in descriptors(state):
+    state = handing.state_from(argument)
+    for fd in handing.descriptors(state):
         os.set_inheritable(fd, False)
     try:
         code = Keeper(state).run()
     except MountError as error:
         sys.stderr.write(f"tierd: {error}\n  hint: {error.hint}\n")
-        clean_up(state)
+        handing.clean_up(state)
         code = 1
     sys.exit(code)

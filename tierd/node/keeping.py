@@ -35,6 +35,8 @@ class Keeping:
         self.told: dict[str, Any] = {}
         self.held: dict[int, int] = {}
         self.keeper_pid: int | None = None
+        self.alone = False
+        """The keeper is gone: there is nobody to hold anything for a successor."""
         self.restarts = 0
         self._undropped: deque[int] = deque(maxlen=_UNDROPPED_MAX)
         self.missed_sends = 0
@@ -45,8 +47,8 @@ class Keeping:
         try:
             packets.send(self._sock, b"P%d" % os.getpid())
             message, _ = packets.receive(self._sock)
-            if not message:
-                raise EOFError("it is gone")
+            if message[:1] != b"J":
+                raise EOFError("it wants no daemon any more" if message else "it is gone")
             found = json.loads(message[1:])
             self.held = packets.receive_held(self._sock)
         except (OSError, EOFError) as error:
@@ -74,12 +76,12 @@ class Keeping:
 
     def hold(self, key: int, fd: int) -> None:
         """Keep a duplicate of `fd` for successors."""
-        if not self._send(b"h%d" % key, fd):
+        if not self._send(b"h%d" % key, fd) and not self.alone:
             self.missed_sends += 1
 
     def drop(self, key: int) -> None:
         """It is not needed any longer."""
-        if not self._send(b"d%d" % key):
+        if not self._send(b"d%d" % key) and not self.alone:
             self._undropped.append(key)
 
     def _drop_again(self) -> None:
@@ -87,8 +89,9 @@ class Keeping:
             self.drop(self._undropped.popleft())
 
     def keep_ledger(self, fd: int) -> None:
-        """This is the ledger from now on."""
-        packets.send(self._sock, b"L", (fd,))
+        """This is the ledger from now on. Raises OSError."""
+        if not self.alone:
+            packets.send(self._sock, b"L", (fd,))
 
     def ready(self, *, resend: bool) -> None:
         """The mount answers; `resend`: a successor can go on from the ledger."""
@@ -105,25 +108,42 @@ class Keeping:
     # --- tasks ---
 
     async def run(
-        self, stop: Callable[[], None], leave: Callable[[], Awaitable[None]], changed: Callable[[], None]
+        self,
+        stop: Callable[[], None],
+        leave: Callable[[], Awaitable[None]],
+        changed: Callable[[], None],
+        gone: Callable[[], Awaitable[None]],
     ) -> None:
-        """Say that the event loop turns; do what the keeper says, until cancelled. `changed`: it is another one."""
+        """Say that the event loop turns; do what the keeper says, until cancelled. `changed`: it is another one;
+        `gone`: there is none any more, which ends this."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat)
-            while True:
-                await trio.lowlevel.wait_readable(self._sock)
-                message, _ = packets.receive(self._sock)
-                if message == b"s":
-                    stop()
-                elif message == b"l":
-                    await leave()
-                elif message[:1] == b"k":
-                    self.keeper_pid = int(message[1:])
-                    changed()
-                elif not message:
-                    log.error("keeper_gone", cost="pods see it if this daemon dies, too")
-                    self.keeper_pid = None
-                    nursery.cancel_scope.cancel()
+            await self._heed(stop, leave, changed)
+            nursery.cancel_scope.cancel()
+        await gone()
+
+    async def _heed(
+        self, stop: Callable[[], None], leave: Callable[[], Awaitable[None]], changed: Callable[[], None]
+    ) -> None:
+        while not self.alone:
+            await trio.lowlevel.wait_readable(self._sock)
+            message = self._hear()
+            if message == b"s":
+                stop()
+            elif message == b"l":
+                await leave()
+            elif message[:1] == b"k":
+                self.keeper_pid = int(message[1:])
+                changed()
+            elif not message:
+                self.keeper_pid, self.alone = None, True
+
+    def _hear(self) -> bytes:
+        """What the keeper says, nothing if it is gone."""
+        try:
+            return packets.receive(self._sock)[0]
+        except ConnectionResetError:  # before it heard all that we said
+            return b""
 
     async def _beat(self) -> None:
         while True:

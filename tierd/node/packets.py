@@ -6,7 +6,7 @@
 | daemon | keeper | `r` 1 or 0 (ready; whether the kernel can send requests again) · `l` (I leave) · `q` exit code |
 | keeper | daemon | `J` JSON · `H` keys (their descriptors come along) · `.` (that was all) · `k` pid (a new keeper) |
 | keeper | daemon | `l` (leave: another one takes over) · `s` (stop: the mount ends) |
-| command | keeper | `U` JSON (upgrade; answered with JSON) · `K` (hand the mount to me, another keeper) |
+| command | keeper | `U` JSON (upgrade; answered with JSON) · `K` (hand all to me, a keeper) · `.` (I have it) |
 
 Runs on the standard library alone.
 """
@@ -91,5 +91,15 @@ def receive_held(sock: socket.socket) -> dict[int, int]:
 
 def is_ours(sock: socket.socket) -> bool:
     """The other side is a process of our own user."""
-    credentials = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return bool(credentials[1] == os.geteuid())
+    return _credentials(sock)[1] == os.geteuid()
+
+
+def pid_of(sock: socket.socket) -> int:
+    """The process that connected, as this one sees it; 0 if it does not (another PID namespace)."""
+    return _credentials(sock)[0]
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int]:
+    """Process and user that connected, SO_PEERCRED of unix(7)."""
+    pid, uid, _ = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid

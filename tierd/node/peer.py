@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import time
 from contextlib import suppress
 from typing import Final
@@ -12,7 +13,11 @@ from typing import Final
 from tierd.node.packets import send
 
 BEAT_SECONDS: Final = 20.0
-"""A daemon that says nothing for so long hangs."""
+"""A daemon that serves and says nothing for so long hangs."""
+SEND_SECONDS: Final = 2
+"""How long a keeper waits for one that does not take what it is told."""
+START_SECONDS: Final = 120.0
+"""One that starts may read a large index, and wait for its source, before it says that it is alive."""
 DYING_SECONDS: Final = 1.0
 """How long the threads of a killed daemon may take to end."""
 QUICK_SECONDS: Final = 1.0
@@ -23,10 +28,11 @@ _BACK_OFF_SECONDS_MAX = 30.0
 
 class Peer:
     """A connected daemon. `leave_by` is when it must have left, `leaving` that it means to; `code` how it said it ends.
-    Times are monotonic."""
+    `pid` is None until it has told, 0 if the process is not in sight. Times are monotonic."""
 
-    def __init__(self, sock: socket.socket, pid: int = 0, ready_at: float = 0.0) -> None:
+    def __init__(self, sock: socket.socket, pid: int | None = None, ready_at: float = 0.0) -> None:
         self.sock, self.pid, self.ready_at, self.heard = sock, pid, ready_at, time.monotonic()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_SECONDS, 0))
         self.leave_by: float | None = None
         self.leaving = False
         self.code: int | None = None
@@ -39,12 +45,13 @@ class Peer:
         """
         if self.leave_by is None and self._killed():
             self.leave_by = now + DYING_SECONDS
-        return now - self.heard > BEAT_SECONDS or (self.leave_by is not None and now > self.leave_by)
+        silence_max = BEAT_SECONDS if self.ready_at else START_SECONDS
+        return now - self.heard > silence_max or (self.leave_by is not None and now > self.leave_by)
 
     def _killed(self) -> bool:
         """Its first thread has ended."""
         with suppress(OSError), open(f"/proc/{self.pid}/stat", "rb") as file:
-            return self.pid > 0 and file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+            return bool(self.pid) and file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
         return False  # not in sight
 
     def tell(self, message: bytes) -> None:
@@ -54,7 +61,7 @@ class Peer:
 
     def kill(self) -> None:
         """Make sure that it does nothing any more, as far as that can be had."""
-        if self.pid > 0:
+        if self.pid is not None and self.pid > 0:  # 0 and -1 are other words for many processes
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
 

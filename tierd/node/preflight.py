@@ -19,10 +19,12 @@ import structlog
 
 from tierd.config import MountSettings, host_port
 from tierd.errors import UsageError
+from tierd.node.handing import clean_up
 from tierd.runtime import (
     default_cache_dir,
     default_state_dir,
     is_served,
+    leftovers_of,
     lock_path,
     own_runtime_base,
     private_dir,
@@ -237,6 +239,26 @@ def exclusive(state_dir: Path, mountpoint: Path) -> Iterator[list[int]]:
                 with suppress(OSError):  # not empty: something of somebody else's
                     runtime.rmdir()
                 _forget_if_unused(state)
+
+
+@contextmanager
+def _held_again(state_dir: Path, mountpoint: Path, cache_dir: Path | None) -> Iterator[None]:
+    directories = [state_dir, runtime_dir(mountpoint), *([cache_dir] if cache_dir is not None else [])]
+    with ExitStack() as stack:
+        for directory in directories:
+            stack.enter_context(_lock(directory / "lock", str(directory)))
+        try:
+            yield
+        finally:
+            clean_up({"remove": leftovers_of(mountpoint), "remove_if_alone": [state_dir / "lock"]})
+
+
+def hold_locks_of(state_dir: Path, mountpoint: Path, cache_dir: Path | None) -> ExitStack:
+    """Take the locks of a mount that is there and whose keeper has died; to be left when the mount has ended, which
+    removes what a mount leaves. Raises UsageError."""
+    with ExitStack() as stack:
+        stack.enter_context(_held_again(state_dir, mountpoint, cache_dir))
+        return stack.pop_all()
 
 
 def _forget_if_unused(state: Path) -> None:
