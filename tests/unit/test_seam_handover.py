@@ -21,6 +21,7 @@ from tierd.node.ledger import FORGOT, ID, PAIR, RESENT, SAID, SAID_HEAD, UNSAID,
 from tierd.node.ledger import INIT as INIT_RECORD
 from tierd.node.messages import BATCH_FORGET, FORGET, UNLINK
 from tierd.node.seam import Inheritance, Seam
+from tierd.node.short_answers import ShortAnswers
 
 INIT_BODY = struct.pack("=IIIII44x", 7, 45, 1 << 17, 1 << 30, 1 << 7)
 INIT_MESSAGE = IN_HEADER.pack(IN_HEADER.size + len(INIT_BODY), INIT, 2, 0, 0, 0, 0, 0, 0) + INIT_BODY
@@ -85,7 +86,7 @@ def test_what_a_reply_tells_is_written_down_before_the_kernel_has_it(line: Line)
 
 
 def test_what_the_short_way_tells_is_written_down_too(line: Line) -> None:
-    line.wire.seam._short_way = Way()
+    line.wire.seam._short = ShortAnswers(Way(), 1)
     line.wire.seam.start()
     line.wire.request(LOOKUP, 8, b"name\0")
     assert line.wire.answer() == (8, 0, b"entry of name")

@@ -154,7 +154,7 @@ class Keeper:
         self.drop(peer)
         if peer.code is None:
             peer.kill()
-        if self.asker is not None and not peer.ready_at:
+        if self.asker is not None and not peer.ready_at and self.newer in (None, peer):
             self.template, self.state["argv"] = None, self.state["argv_before"]
             self.answer(error="the new daemon ended before it served; the version before goes on")
         if peer is not self.daemon:
