@@ -167,7 +167,11 @@ class Estate:
                     wanted.add(parent_id)
                     todo.append(parent_id)
         self.nodes = {node_id: payload for node_id, payload in self.nodes.items() if node_id in wanted}
-        self.attributes = {node_id: payload for node_id, payload in self.attributes.items() if node_id in self.nodes}
+        self.attributes = {
+            node_id: payload
+            for node_id, payload in self.attributes.items()
+            if node_id in self.nodes or node_id == ROOT_ID  # which has no record
+        }
         self.lookups = {node_id: self.lookups[node_id] for node_id in wanted if self.lookups.get(node_id, 0) > 0}
 
     def write(self, ledger: Ledger) -> None:
