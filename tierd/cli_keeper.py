@@ -88,6 +88,8 @@ def be_template(settings: MountSettings, fd: int) -> None:
 
 def attach(settings: MountSettings) -> None:
     """This process is a daemon of a mount that somebody else keeps. Raises DaemonError."""
+    import tierd.node.daemon  # noqa: F401 - takes a second, and who connects must say soon who it is
+
     sock = _connect(settings.mountpoint)
     _start_log(settings)
     sys.exit(daemon(settings, sock, None, attached=True))
