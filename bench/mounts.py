@@ -115,17 +115,16 @@ def tierd_mount(source: Path, mountpoint: Path, **options: Option) -> Iterator[T
     scratch = Path(tempfile.mkdtemp(prefix=f"{mountpoint.name}-state-", dir=mountpoint.parent))
     settings: dict[str, Option] = {"state_dir": scratch / "state", "metrics": "127.0.0.1:0", **options}
     settings.setdefault("cache_dir", scratch / "cache")
-    process: psutil.Process | None = None
     try:
-        with _deferred():
-            _tierd(["mount", str(source), str(mountpoint), "--background", *_flags(settings)], scratch)
+        with deferred():
+            tierd_command(["mount", str(source), str(mountpoint), "--background", *_flags(settings)], scratch)
             if not guard.mounts_under(mountpoint):
                 raise MountError("tierd mount reported success, and nothing is mounted at the mountpoint")
             process = psutil.Process(int(_status(mountpoint)["daemon_pid"]))
         yield Tierd(source, mountpoint, Path(str(settings["state_dir"])), process)
     finally:
-        with _deferred():
-            problem = _take_down(mountpoint, process, scratch)
+        with deferred():
+            problem = _take_down(mountpoint, scratch)
             shutil.rmtree(scratch, ignore_errors=True)
             if created and not guard.mounts_under(mountpoint):
                 mountpoint.rmdir()
@@ -150,7 +149,7 @@ def work_directory(parent: Path | None = None) -> Iterator[Path]:
         with _terminate_as_interrupt():
             yield path
     finally:
-        with _deferred():
+        with deferred():
             # Removing through a mount that is still there would delete from its source.
             left = guard.mounts_under(path)
             if not left:
@@ -236,7 +235,7 @@ def streaming(paths: Sequence[Path], *, drop: bool = True) -> Iterator[Callable[
         yield lambda: sum(moved[:-1])
     finally:
         moved[len(paths)] = 1
-        with _deferred():
+        with deferred():
             for reader in (reader for reader in readers if reader.pid is not None):
                 reader.join(EXIT_TIMEOUT_S)
                 reader.kill()
@@ -277,8 +276,11 @@ def _flags(options: dict[str, Option]) -> list[str]:
     return flags
 
 
-def _tierd(arguments: list[str], scratch: Path) -> None:
-    """Runs a tierd command. Its output goes to a file: a daemon that keeps a pipe open would hang us."""
+def tierd_command(arguments: list[str], scratch: Path) -> None:
+    """Runs a tierd command; MountError with what it printed if it fails.
+
+    Its output goes to a file: a daemon that keeps a pipe open would hang us.
+    """
     log = scratch / f"{arguments[0]}.log"
     with log.open("wb") as sink:
         try:
@@ -317,36 +319,54 @@ def _tail(log: Path) -> str:
     return log.read_text(errors="replace").strip()[-1000:] or "it printed nothing"
 
 
-def _take_down(mountpoint: Path, process: psutil.Process | None, scratch: Path) -> str | None:
-    """Unmounts, by force if need be, and ends the daemon; says what did not go the ordinary way."""
+def _take_down(mountpoint: Path, scratch: Path) -> str | None:
+    """Unmounts, by force if need be, and ends every process of the mount; says what did not go the ordinary way."""
+    family = _family(mountpoint)
     problem = None
     if guard.mounts_under(mountpoint):
         try:
-            _tierd(["umount", str(mountpoint)], scratch)
+            tierd_command(["umount", str(mountpoint)], scratch)
         except MountError as error:
             problem = str(error)
     if guard.mounts_under(mountpoint):
         problem = problem or "tierd umount reported success, and the mount was still there"
         guard.unmount(mountpoint, lazy=True)
-    if process is not None and not _ended(process):
+    for process in _still_there(family):
         process.kill()
-        problem = problem or f"the daemon ran on for {EXIT_TIMEOUT_S:.0f} s after the unmount, and was killed"
+        problem = problem or f"tierd ran on for {EXIT_TIMEOUT_S:.0f} s after the unmount, and was killed"
     return problem
 
 
-def _ended(process: psutil.Process) -> bool:
-    """Waits for a daemon that should end by itself; a zombie that no init reaps has ended."""
+def _family(mountpoint: Path) -> list[psutil.Process]:
+    """The keeper of a mount and what it started, or the daemon alone; none if nobody serves it."""
+    try:
+        record = client.find(mountpoint)
+        first = psutil.Process(record.keeper_pid or record.pid)
+        return [first, *first.children(recursive=True)]
+    except (TierdError, psutil.NoSuchProcess):
+        return []
+
+
+def _still_there(family: list[psutil.Process]) -> list[psutil.Process]:
+    """Waits for processes that should end by themselves: those that did not. A zombie that no init reaps has ended."""
     deadline = time.monotonic() + EXIT_TIMEOUT_S
-    while time.monotonic() < deadline:
-        # psutil tells a process from a later one with its number by the start time.
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            return True
+    while left := [process for process in family if not _ended(process)]:
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.05)
-    return False
+    return left
+
+
+def _ended(process: psutil.Process) -> bool:
+    # psutil tells a process from a later one with its number by the start time.
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @contextlib.contextmanager
-def _deferred() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Holds Ctrl-C and SIGTERM back until the body is done: half a mount or half a cleanup helps nobody.
 
     With a handler of Python's, since SIG_IGN would be inherited by the daemon.

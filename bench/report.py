@@ -6,14 +6,16 @@ on the overlay, one sample per round) and `Bar`s (a limit, and whether the figur
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
 import os
 import platform
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +23,7 @@ from typing import Any, Protocol
 import psutil
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 COLUMNS = ("what", "unit", "source", "overlay", "overlay / source")
@@ -263,12 +266,42 @@ class Report:
         head = f"# {self.title}\n\nTaken {self.taken_at}: {facts}.\n\nCells: median [min .. max].\n\n"
         return head + "\n".join(section.as_markdown() for section in self.sections)
 
+    def show(self, console: Console) -> None:
+        """Prints every section, then all bars together."""
+        for section in self.sections:
+            section.show(console)
+        table = Table("bar", "found", "", title="Bars", title_justify="left")
+        for bar in (bar for section in self.sections for bar in section.bars):
+            table.add_row(bar.limit, bar.found, bar.verdict, style=BAR_STYLES[bar.met])
+        if table.row_count:
+            console.print(table)
+
     def write(self, json_file: Path | None, markdown_file: Path | None) -> None:
         """Writes the files asked for; call it after each section, so that an interrupted run keeps them."""
         if json_file is not None:
             _replace(json_file, json.dumps(self.as_json(), indent=2) + "\n")
         if markdown_file is not None:
             _replace(markdown_file, self.as_markdown())
+
+
+@contextlib.contextmanager
+def progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal; elsewhere a line when ten seconds have passed since the last one."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=steps)
+        told = time.monotonic()
+
+        def tick(what: str) -> None:
+            nonlocal told
+            now = time.monotonic()
+            bars.update(task, description=what, advance=1)
+            if not console.is_terminal and now - told > 10:
+                console.print(what, style="dim")
+                told = now
+
+        yield tick
 
 
 def number(value: float) -> str:

@@ -60,6 +60,14 @@ def said_by(estate: Estate) -> dict[str, object]:
     }
 
 
+def test_the_root_has_attributes(ledger: Ledger) -> None:
+    """It has no record. Without them a daemon that takes over while the source hangs answers no name at all."""
+    for node_id in (ROOT_ID, 2):
+        ledger.append(ATTRIBUTES, ID.pack(node_id) + b"attributes")
+    assert said_by(read(ledger.fd))["attributes"] == {ROOT_ID: ID.pack(ROOT_ID) + b"attributes"}
+    assert said_by(short_of(ledger)) == said_by(read(ledger.fd))
+
+
 # --- lookups ---
 
 

@@ -74,13 +74,13 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or an unmount, or until a newer daemon takes over. Raises UsageError."""
+        raise_priority()
+        gc.disable()  # a third of the time that it takes to inherit 100,000 nodes
         with ExitStack() as self._kept, ExitStack() as stack:
             self._take_what_is_held()
             self._build(stack)
             if os.geteuid() == 0:
                 keep_capabilities()
-            raise_priority()
-            calm_garbage_collector()
             os.umask(0)
             preflight.raise_descriptor_limit()
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,7 +109,8 @@ class Daemon:
         host, port = self._listener.getsockname()[:2]
         self._metrics_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._estate = estate.read(held[LEDGER]) if LEDGER in held else None
-        self.ledger = Ledger(held.get(LEDGER), on_lost=lambda: self._keeping.ready(resend=False))
+        end = self._estate.end if self._estate is not None else None
+        self.ledger = Ledger(held.get(LEDGER), end, on_lost=lambda: self._keeping.ready(resend=False))
         if self._estate is None:
             self._keeping.keep_ledger(self.ledger.fd)
 
@@ -237,6 +238,7 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             left = self._inherit()
+            calm_garbage_collector()
             await nursery.start(self._answer_requests, left)
             nursery.start_soon(keep_running, "short_way", self._follow_short_way)
             if left is None:
@@ -471,6 +473,7 @@ def calm_garbage_collector() -> None:
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 def tune_mount(mountpoint: Path, read_ahead_kib: int) -> None:

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -37,7 +36,7 @@ from tierd.node.ledger import (
     UNSAID,
     Ledger,
     NodeRecord,
-    records,
+    positioned,
 )  # fmt: skip
 
 DOUBTFUL_MAX: Final = 64
@@ -58,6 +57,8 @@ class Estate:
     """What a log says in the end. Payloads are kept as they were written."""
 
     def __init__(self) -> None:
+        self.end = 0
+        """Where in the log that is said."""
         self.init: bytes | None = None
         self.nodes: dict[int, bytes] = {}
         self.lookups: dict[int, int] = {}
@@ -161,13 +162,17 @@ class Estate:
         wanted |= {ROOT_ID, *(PAIR.unpack_from(payload)[1] for payload in self.handles.values())}
         todo = list(wanted)
         while todo:
-            payload = self.nodes.get(todo.pop())
-            for parent_id in parents_of(payload) if payload is not None else ():
+            payload = self.nodes.get(todo.pop(), b"")
+            for parent_id in NodeRecord.parents_in(payload):
                 if parent_id not in wanted:
                     wanted.add(parent_id)
                     todo.append(parent_id)
         self.nodes = {node_id: payload for node_id, payload in self.nodes.items() if node_id in wanted}
-        self.attributes = {node_id: payload for node_id, payload in self.attributes.items() if node_id in self.nodes}
+        self.attributes = {
+            node_id: payload
+            for node_id, payload in self.attributes.items()
+            if node_id in self.nodes or node_id == ROOT_ID  # which has no record
+        }
         self.lookups = {node_id: self.lookups[node_id] for node_id in wanted if self.lookups.get(node_id, 0) > 0}
 
     def write(self, ledger: Ledger) -> None:
@@ -226,15 +231,10 @@ _TAKERS = {
 }
 
 
-def parents_of(payload: bytes) -> Iterator[int]:
-    """The node IDs of the directories that a NODE record names."""
-    return (parent_id for parent_id, _ in NodeRecord.unpack(payload).names)
-
-
 def read(fd: int, end: int | None = None) -> Estate:
     """What a log says."""
     estate = Estate()
-    for kind, payload in records(fd, 0, end):
+    for kind, payload, estate.end in positioned(fd, 0, end):
         estate.take(kind, payload)
     return estate
 

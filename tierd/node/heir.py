@@ -21,7 +21,7 @@ from tierd.node.estate import Estate
 from tierd.node.handles import DirHandle, FileHandle
 from tierd.node.hot import HotFiles
 from tierd.node.inodes import Node
-from tierd.node.ledger import HandleRecord, NodeRecord
+from tierd.node.ledger import HandleRecord
 from tierd.node.once import Intent
 from tierd.node.overlay import Overlay
 from tierd.node.packets import FIRST_HANDLE
@@ -63,8 +63,7 @@ def inherit(heir: Heir, estate: Estate, generation: int) -> None:
         heir.overlay.ledger.closed(fh)  # the kernel was never told of it
     estate.handles = {fh: estate.handles[fh] for fh in handles}
     estate.drop_the_forgotten()
-    records = {node_id: NodeRecord.unpack(payload) for node_id, payload in estate.nodes.items()}
-    nodes = heir.overlay.inodes.inherit(records, estate.lookups, trio.current_time() + YOUNG_SECONDS)
+    nodes = heir.overlay.inodes.inherit(estate.nodes, estate.lookups, trio.current_time() + YOUNG_SECONDS)
     for node_id, payload in estate.attributes.items():
         nodes[node_id].attributes = unpack_attributes(payload)
     users = Counter[int]()

@@ -64,13 +64,23 @@ class NodeRecord(NamedTuple):
     def unpack(payload: bytes) -> NodeRecord:
         """The record that a payload holds."""
         node_id, device, inode, flags, version = _NODE.unpack_from(payload)
-        names, at = [], _NODE.size
-        while at < len(payload):
+        names, at, end = [], _NODE.size, len(payload)
+        while at < end:
             parent_id, length = _NAME.unpack_from(payload, at)
             at += _NAME.size + length
             names.append((parent_id, payload[at - length : at]))
         known = int.from_bytes(version, "little") if flags & 1 else None
         return NodeRecord(node_id, (device, inode), known, bool(flags & 2), tuple(names))
+
+    @staticmethod
+    def parents_in(payload: bytes) -> list[int]:
+        """The node IDs of the directories that a payload names; nothing else of it is looked at."""
+        parents, at = [], _NODE.size
+        while at < len(payload):
+            parent_id, length = _NAME.unpack_from(payload, at)
+            at += _NAME.size + length
+            parents.append(parent_id)
+        return parents
 
 
 _VERSION_BYTES = 24
@@ -111,13 +121,18 @@ _HANDLE = struct.Struct("=QQBH")
 class Ledger:
     """The log of one daemon. `fd` is its memfd."""
 
-    def __init__(self, fd: int | None = None, *, on_lost: Callable[[], None] = lambda: None) -> None:
-        """Go on with an existing log, or begin one. `on_lost` is called, from any thread, once `lost` is."""
+    def __init__(
+        self, fd: int | None = None, end: int | None = None, *, on_lost: Callable[[], None] = lambda: None
+    ) -> None:
+        """Go on with an existing log, at its `end` (None: it is looked for), or begin one. `on_lost` is called, from
+        any thread, once `lost` is."""
         self.fd = os.memfd_create("tierd-ledger") if fd is None else fd
         self._lock = threading.Lock()
         self._on_lost = on_lost
         self._mapping: mmap.mmap | None = None
-        self._window, self._at = (0, 0) if fd is None else divmod(_end_of(fd), WINDOW_BYTES)
+        if end is None:
+            end = 0 if fd is None else _end_of(fd)
+        self._window, self._at = divmod(end, WINDOW_BYTES)
         self.lost = False
         """No memory was left for a record: there can be no successor that knows everything."""
 
@@ -239,11 +254,12 @@ class Ledger:
 
 def records(fd: int, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes]]:
     """The records of a log from one position to another, or to its end."""
-    for kind, payload, _ in _positioned(fd, start, end):
+    for kind, payload, _ in positioned(fd, start, end):
         yield kind, payload
 
 
-def _positioned(fd: int, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes, int]]:
+def positioned(fd: int, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes, int]]:
+    """The same, each with the position after it."""
     window = start // WINDOW_BYTES
     at = start % WINDOW_BYTES
     while True:
@@ -265,4 +281,4 @@ def _positioned(fd: int, start: int = 0, end: int | None = None) -> Iterator[tup
 
 
 def _end_of(fd: int) -> int:
-    return max((end for _, _, end in _positioned(fd)), default=0)
+    return max((end for _, _, end in positioned(fd)), default=0)
