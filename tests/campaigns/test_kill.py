@@ -103,6 +103,7 @@ def campaign(mount: OverlayMount, cycles: int) -> None:
     assert not wrong, "\n".join(wrong[:10])
     assert len(kills.at) == cycles
     mount.expect_log("daemon_died")
+    mount.nodes_lost_max = cycles // 20
 
 
 def settings(source: Path | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import trio.testing
 
 from tierd.errors import DaemonError
 from tierd.node import keeping as keeping_module
+from tierd.node.estate import read
 from tierd.node.keeping import Keeping
 from tierd.node.ledger import NODE, Ledger, NodeRecord, records
 from tierd.node.packets import DEVICE, pair, receive, send, send_held
@@ -173,6 +174,35 @@ async def test_a_long_ledger_is_made_short(
     before = ledger.end
     (length,) = await compactions(line, ledger, 3)
     assert length == ledger.end < before / 50
+    ledger.close()
+
+
+def test_a_long_ledger_is_not_gone_on_with(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by 500 kills: nobody lived for long enough to make it short, and each successor read all of it."""
+    monkeypatch.setattr(keeping_module, "_INHERITED_BYTES_MAX", 100_000)
+    ledger = Ledger()
+    grow(ledger, 90_000, nodes=10)
+    line.keeping.shorten(ledger, read(ledger.fd))
+    grow(ledger, 200_000, nodes=10)
+    said = read(ledger.fd)
+    line.keeping.shorten(ledger, said)
+    ledger.append(NODE, NodeRecord(99, (0, 99), 1, False, ((1, b"later"),)).pack())
+    message, (fd,) = receive(line.keeper)
+    assert message == b"L"
+    assert ledger.end < 5_000, "the first time it was short enough"
+    assert read(fd).lookups == said.lookups
+    assert read(fd).nodes.keys() == {*said.nodes, 99}
+    os.close(fd)
+    ledger.close()
+
+
+def test_a_ledger_is_gone_on_with_if_the_keeper_has_died(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping_module, "_INHERITED_BYTES_MAX", 100_000)
+    ledger = Ledger()
+    grow(ledger, 200_000, nodes=10)
+    line.keeper.close()
+    line.keeping.shorten(ledger, read(ledger.fd))
+    assert ledger.end >= 200_000
     ledger.close()
 
 

@@ -113,6 +113,8 @@ class Daemon:
         self.ledger = Ledger(held.get(LEDGER), end, on_lost=lambda: self._keeping.ready(resend=False))
         if self._estate is None:
             self._keeping.keep_ledger(self.ledger.fd)
+        else:
+            self._keeping.shorten(self.ledger, self._estate)
 
     def _build(self, stack: ExitStack) -> None:
         settings = self.settings

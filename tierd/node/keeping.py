@@ -7,6 +7,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -14,7 +15,7 @@ import trio
 
 from tierd.errors import DaemonError
 from tierd.node import packets
-from tierd.node.estate import compacted
+from tierd.node.estate import Estate, compacted
 from tierd.node.ledger import Ledger
 
 log = structlog.get_logger(__name__)
@@ -24,6 +25,9 @@ _UNDROPPED_MAX = 100_000
 _LEDGER_BYTES_MAX = 32 << 20
 """A longer ledger is compacted, if it says more than twice what it must."""
 _COMPACT_CHECK_SECONDS = 5.0
+_INHERITED_BYTES_MAX = 4 << 20
+_INHERITED_BYTES_PER_NODE = 512
+"""A ledger that is inherited longer than this is made short before it is gone on with: reading it costs pods a wait."""
 
 
 class Keeping:
@@ -104,6 +108,16 @@ class Keeping:
     def farewell(self, code: int) -> None:
         """This daemon ends for good, with this exit code."""
         self._send(b"q%d" % code)
+
+    def shorten(self, ledger: Ledger, said: Estate) -> None:
+        """Go on in a new log if the one that was left says much that is over. `said` is all that it says. Where daemons
+        die every few seconds none of them would come to `compact`."""
+        if ledger.lost or said.end <= _INHERITED_BYTES_MAX + _INHERITED_BYTES_PER_NODE * len(said.nodes):
+            return
+        fresh = Ledger()
+        said.write(fresh)
+        with suppress(OSError):  # the keeper has died; the long one will do
+            ledger.replace(fresh, said.end, self.keep_ledger)
 
     # --- tasks ---
 
