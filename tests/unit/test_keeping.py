@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import pytest
 import trio
-import trio.testing
 
 from tierd.errors import DaemonError
 from tierd.node import keeping as keeping_module
@@ -136,6 +135,7 @@ def test_a_keeper_that_does_not_listen_holds_nobody_up(line: Line) -> None:
 @pytest.fixture
 def small_bound(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(keeping_module, "_LEDGER_BYTES_MAX", 100_000)
+    monkeypatch.setattr(keeping_module, "_COMPACT_CHECK_SECONDS", 0.01)
     return 100_000
 
 
@@ -149,9 +149,9 @@ def grow(ledger: Ledger, size: int, *, nodes: int) -> None:
         number += 1
 
 
-async def compactions(line: Line, ledger: Ledger, checks: int) -> list[int]:
-    """How long the ledgers were that the keeper was given in so many looks at it."""
-    with trio.move_on_after(checks * keeping_module._COMPACT_CHECK_SECONDS + 1):
+async def compactions(line: Line, ledger: Ledger, seconds: float) -> list[int]:
+    """How long the ledgers were that the keeper was given meanwhile. One takes a tenth of a second."""
+    with trio.move_on_after(seconds):
         await line.keeping.compact(ledger)
     lengths = []
     while True:
@@ -164,15 +164,13 @@ async def compactions(line: Line, ledger: Ledger, checks: int) -> list[int]:
         os.close(fds[0])
 
 
-async def test_a_long_ledger_is_made_short(
-    line: Line, small_bound: int, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_a_long_ledger_is_made_short(line: Line, small_bound: int) -> None:
     ledger = Ledger()
     grow(ledger, small_bound - 1000, nodes=10)
-    assert await compactions(line, ledger, 3) == [], "it is short enough"
+    assert await compactions(line, ledger, 0.2) == [], "it is short enough"
     grow(ledger, 5 * small_bound, nodes=10)
     before = ledger.end
-    (length,) = await compactions(line, ledger, 3)
+    (length,) = await compactions(line, ledger, 1.5)
     assert length == ledger.end < before / 50
     ledger.close()
 
@@ -206,22 +204,18 @@ def test_a_ledger_is_gone_on_with_if_the_keeper_has_died(line: Line, monkeypatch
     ledger.close()
 
 
-async def test_one_that_must_say_much_is_not_made_short_all_the_time(
-    line: Line, small_bound: int, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_one_that_must_say_much_is_not_made_short_all_the_time(line: Line, small_bound: int) -> None:
     """That would keep a processor busy."""
     ledger = Ledger()
     grow(ledger, 3 * small_bound, nodes=800)
-    assert len(await compactions(line, ledger, 4)) == 1
+    assert len(await compactions(line, ledger, 2.0)) == 1
     assert ledger.end > small_bound
     ledger.close()
 
 
-async def test_a_ledger_that_is_lost_is_left_alone(
-    line: Line, small_bound: int, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_a_ledger_that_is_lost_is_left_alone(line: Line, small_bound: int) -> None:
     ledger = Ledger()
     grow(ledger, 3 * small_bound, nodes=10)
     ledger.lost = True
-    assert await compactions(line, ledger, 2) == []
+    assert await compactions(line, ledger, 0.2) == []
     ledger.close()

@@ -31,7 +31,7 @@ class Keeper:
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state, self.succession, self.start_at = state, Succession(), 0.0
-        self.daemon = self.newer = cast(Peer | None, None)
+        self.daemon = self.newer = self.upgraded = cast(Peer | None, None)
         self.stop_by, self.exit_code = cast(float | None, None), cast(int | None, None)
         self.board = Board()
         self.door = Door(self.board, socket.socket(fileno=state["listener"]), self.meet)
@@ -126,6 +126,7 @@ class Keeper:
         """Give everything to a daemon; if another one serves, once that has left."""
         if self.daemon is not None and self.daemon is not peer:
             if self.newer is not None and self.newer is not peer:  # the newest takes over; this one ends for it
+                self.missed(self.newer)
                 self.drop(self.newer)
             self.newer = peer
             self.daemon.leave_by, self.daemon.leaving = time.monotonic() + LEAVE_SECONDS, True
@@ -147,16 +148,15 @@ class Keeper:
             handing.hush()
             with suppress(OSError):
                 send(self.template, b"q")
-        self.answer(pid=peer.pid, keeper_pid=os.getpid(), restarts=self.state["restarts"])
+        if peer is self.upgraded:
+            self.answer(pid=peer.pid, keeper_pid=os.getpid(), restarts=self.state["restarts"])
 
     def gone(self, peer: Peer) -> None:
         """A daemon has ended; unless it meant to, another one takes over."""
         self.drop(peer)
         if peer.code is None:
             peer.kill()
-        if self.asker is not None and not peer.ready_at and self.newer in (None, peer):
-            self.template, self.state["argv"] = None, self.state["argv_before"]
-            self.answer(error="the new daemon ended before it served; the version before goes on")
+        self.missed(peer)
         if peer is not self.daemon:
             self.newer = None if peer is self.newer else self.newer
             return None
@@ -205,10 +205,18 @@ class Keeper:
             self.template = None
             peer = self.fork()
             self.daemon, self.newer = (self.daemon, peer) if self.daemon is not None else (peer, None)
+            self.upgraded = peer
         else:
             self.answer(pid=self.daemon and self.daemon.pid, keeper_pid=os.getpid(), restarts=self.state["restarts"])
 
+    def missed(self, peer: Peer) -> None:
+        """A daemon will not serve; if it was to be one of another version, the next ones are as before."""
+        if peer is self.upgraded:
+            self.template, self.state["argv"] = None, self.state["argv_before"]
+            self.answer(error="the new daemon ended before it served; the version before goes on")
+
     def answer(self, **facts: object) -> None:
+        self.upgraded = None
         if self.asker is not None:
             with self.asker, suppress(OSError):
                 send(self.asker, json.dumps(facts).encode())
