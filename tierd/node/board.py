@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Protocol
 
-from tierd.node.packets import is_ours, receive
+from tierd.node.packets import is_ours, receive, send
 
 STRANGERS_MAX: Final = 16
 """Connections that have said nothing yet; with one more the oldest is closed."""
@@ -66,7 +66,8 @@ def _hear(sock: socket.socket, heed: Callable[[bytes, list[int]], None]) -> None
 
 
 class Door:
-    """Lets in who connects to `listener`, as our own user; `meet` is called with the first packet of each."""
+    """Lets in who connects to `listener`, as our own user; `meet` is called with the first packet of each. Who asks
+    whether we live is told."""
 
     def __init__(
         self, board: Board, listener: socket.socket, meet: Callable[[socket.socket, bytes, list[int]], None]
@@ -95,4 +96,7 @@ class Door:
 
     def _hear(self, sock: socket.socket, data: bytes, fds: list[int]) -> None:
         self._lose(sock)
+        if data == b"?":
+            with suppress(OSError):
+                send(sock, b".", (), socket.MSG_DONTWAIT)
         self._meet(sock, data, fds)

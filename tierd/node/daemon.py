@@ -33,12 +33,12 @@ from tierd.node.keeping import Keeping
 from tierd.node.ledger import Ledger
 from tierd.node.once import Once
 from tierd.node.overlay import Overlay
-from tierd.node.packets import ADMIN_LISTENER, LEDGER, METRICS_LISTENER, SOURCE_ROOT
+from tierd.node.packets import ADMIN_LISTENER, LEDGER, METRICS_LISTENER, SOURCE_ROOT, lives
 from tierd.node.recorder import ModelDirs, Recorder
 from tierd.node.seam import Inheritance, Seam
 from tierd.node.sources import PosixSource, Root
 from tierd.node.tier_setup import TierParts
-from tierd.runtime import MountRecord, is_served, write_record
+from tierd.runtime import MountRecord, keeper_path, write_record
 
 log = structlog.get_logger(__name__)
 
@@ -46,6 +46,8 @@ _PASSTHROUGH_KERNEL = (6, 9)
 _MOUNT_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _LEAVE_SECONDS = 1.0
+_LOCK_SECONDS = 3.0
+_LOCK_PAUSE_SECONDS = 0.1
 _RESTART_SECONDS = 5.0
 _NICENESS = -10
 _ACCOUNT_SECONDS = 0.01
@@ -295,20 +297,25 @@ class Daemon:
         """The keeper is gone, and its locks with it: take them, before somebody else does. The mount goes on without,
         but not beside another daemon that works in our directories.
 
-        If the mountpoint's lock is held, the keeper lives and has given this daemon up: nothing here is ours any more.
+        A keeper that lives has given this daemon up: nothing here is ours any more. One that is killed may hold its
+        locks for a moment longer than its end of our socket.
         """
-        if is_served(self.settings.mountpoint):
+        if await trio.to_thread.run_sync(lives, str(keeper_path(self.settings.mountpoint))):
             log.error("given_up_by_keeper", consequence="this process ends", reason="it had been silent for too long")
             os._exit(1)
         directories = self.state_dir, self.settings.mountpoint, self._cache_dir
-        try:
-            self._kept.enter_context(await trio.to_thread.run_sync(lambda: preflight.hold_locks_of(*directories)))
-        except UsageError as error:
-            log.error("keeper_gone", consequence="this daemon ends", reason=str(error))
-            self._stop.set()
-            return
+        wait_until = trio.current_time() + _LOCK_SECONDS
+        while True:
+            try:
+                self._kept.enter_context(await trio.to_thread.run_sync(lambda: preflight.hold_locks_of(*directories)))
+                break
+            except UsageError as error:
+                if trio.current_time() > wait_until:
+                    log.error("keeper_gone", consequence="this daemon ends", reason=str(error))
+                    return self._stop.set()
+            await trio.sleep(_LOCK_PAUSE_SECONDS)
         log.error("keeper_gone", consequence="the mount ends with this daemon", hint="tierd umount, and mount anew")
-        self._publish()
+        return self._publish()
 
     async def _answer_requests(
         self, left: Inheritance | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -7,6 +7,7 @@
 | keeper | daemon | `J` JSON · `H` keys (their descriptors come along) · `.` (that was all) · `k` pid (a new keeper) |
 | keeper | daemon | `l` (leave: another one takes over) · `s` (stop: the mount ends) |
 | command | keeper | `U` JSON (upgrade; answered with JSON) · `K` (hand all to me, a keeper) · `.` (I have it) |
+| anybody | keeper | `?` (do you live? answered with `.`) |
 
 Runs on the standard library alone.
 """
@@ -34,6 +35,7 @@ _FDS_MAX = 200
 """SCM_MAX_FD is 253."""
 
 
+_ANSWER_SECONDS = 3.0
 _BUFFER_BYTES = 4 << 20
 _SO_SNDBUFFORCE = 32
 
@@ -68,6 +70,18 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags: int =
     """One packet, with descriptors. Raises OSError."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sock.sendmsg([data], rights, flags | socket.MSG_NOSIGNAL)
+
+
+def lives(path: str) -> bool:
+    """Whether a keeper answers at `path`. (One that is being killed closes its sockets and locks one by one.)"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        try:
+            sock.connect(path)
+            sock.settimeout(_ANSWER_SECONDS)
+            send(sock, b"?")
+            return receive(sock)[0] == b"."
+        except OSError:
+            return False
 
 
 def send_held(sock: socket.socket, held: Mapping[int, int]) -> None:
