@@ -22,8 +22,9 @@ log = structlog.get_logger(__name__)
 
 _BEAT_SECONDS = 2.0
 _UNDROPPED_MAX = 100_000
-_LEDGER_BYTES_MAX = 32 << 20
-"""A longer ledger is compacted, if it says more than twice what it must."""
+_LEDGER_BYTES_MAX = 4 << 20
+"""A longer ledger is compacted, if it says more than twice what it must. A successor reads it while everybody waits:
+4 MiB in a tenth of a second."""
 _COMPACT_CHECK_SECONDS = 5.0
 _INHERITED_BYTES_MAX = 4 << 20
 _INHERITED_BYTES_PER_NODE = 512
