@@ -1,6 +1,6 @@
 """Measures how long ranking for eviction takes: `python -m bench.ranking --help`. Touches no disk, needs no rights.
 
-CPU time of one core, garbage collection as the daemon sets it (`tierd.node.daemon.calm_garbage_collector`).
+CPU time of one core, garbage collection as the daemon sets it (`tierd.node.process.calm_garbage_collector`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 from tests.campaigns import house
 from tests.campaigns.workers import Crew, Names, Told, Worker, appends, lists, open_unlinked, reads, truncates
 from tests.conftest import DirectoryFactory, MountFactory
-from tests.integration.tiered import MIB, content, of_tier
+from tests.integration.tiered import MIB, content
 from tests.mounts import OverlayMount
 
 ANSWER_SECONDS = 2.0
@@ -95,7 +95,8 @@ def campaign(mount: OverlayMount, cycles: int) -> None:
         "wait_p50_s": round(waits[len(waits) // 2], 3) if waits else None,
         "wait_p99_s": round(waits[int(len(waits) * 0.99)], 3) if waits else None,
         "wait_max_s": round(waits[-1], 3) if waits else None,
-        "fills": of_tier(mount).get("fills"),
+        "fills": sum(line["event"] == "filled" for line in mount.log()),
+        "evictions": sum(line["event"] == "evicted" for line in mount.log()),
         "seconds": round(time.monotonic() - started),
     }
     wrong = [f"{told.name}: {complaint}" for told in crew.told for complaint in told.wrong]

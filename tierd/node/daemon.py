@@ -34,6 +34,7 @@ from tierd.node.ledger import Ledger
 from tierd.node.once import Once
 from tierd.node.overlay import Overlay
 from tierd.node.packets import ADMIN_LISTENER, LEDGER, METRICS_LISTENER, SOURCE_ROOT, lives
+from tierd.node.process import calm_garbage_collector, passthrough_ability, raise_priority, tune_mount
 from tierd.node.recorder import ModelDirs, Recorder
 from tierd.node.seam import Inheritance, Seam
 from tierd.node.sources import PosixSource, Root
@@ -42,14 +43,12 @@ from tierd.runtime import MountRecord, keeper_path, write_record
 
 log = structlog.get_logger(__name__)
 
-_PASSTHROUGH_KERNEL = (6, 9)
 _MOUNT_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _LEAVE_SECONDS = 1.0
 _LOCK_SECONDS = 3.0
 _LOCK_PAUSE_SECONDS = 0.1
 _RESTART_SECONDS = 5.0
-_NICENESS = -10
 _ACCOUNT_SECONDS = 0.01
 
 
@@ -465,39 +464,3 @@ async def keep_running(name: str, function: Callable[..., Awaitable[None]], *arg
             await trio.sleep(_RESTART_SECONDS)
         else:
             return
-
-
-def raise_priority() -> None:
-    """Answer before the processes that wait for the answer: on a busy node each hop between threads waits for a CPU."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
-    except PermissionError:
-        log.debug("priority_unchanged", reason="needs root or CAP_SYS_NICE")
-
-
-def calm_garbage_collector() -> None:
-    """Collect rarely: a full pass over 100,000 nodes takes as long as a hundred requests, and finds nothing.
-
-    Nodes and handles hold no cycles but (handle, node), which release takes apart.
-    """
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
-    gc.enable()
-
-
-def tune_mount(mountpoint: Path, read_ahead_kib: int) -> None:
-    """Give the mount a larger read-ahead: the default of 128 KiB costs a request to the daemon per 128 KiB."""
-    found = preflight.mount_at(mountpoint)
-    knob = Path(f"/sys/class/bdi/{found.device}/read_ahead_kb") if found else None
-    try:
-        if knob is not None:
-            knob.write_text(str(read_ahead_kib), encoding="ascii")
-    except OSError as error:
-        log.warning("read_ahead_not_set", knob=str(knob), reason=error.strerror, cost="slower sequential reads")
-
-
-def passthrough_ability(*, enabled: bool) -> dict[str, Any]:
-    """Whether this kernel and process could use FUSE passthrough (Linux 6.9, CAP_SYS_ADMIN)."""
-    release = platform.release().split("-")[0].split(".")
-    kernel = tuple(int(part) for part in release[:2] if part.isdigit()) >= _PASSTHROUGH_KERNEL
-    return {"kernel": kernel, "privileged": os.geteuid() == 0, "enabled": enabled}
