@@ -242,7 +242,7 @@ class OverlayMount:
             state = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
         except (FileNotFoundError, ProcessLookupError):
             return False
-        return state.split()[0] != "Z"
+        return state.split()[0] not in "ZX"  # X: being reaped
 
     def end(self, number: int = signal.SIGTERM) -> None:
         """Send a signal to the keeper, SIGKILL to the daemon, too; wait until both have ended."""

@@ -262,6 +262,9 @@ def acting_as(uid: int) -> Any:
         os.setegid(0)
 
 
+MTIME = 5
+
+
 def told(found: os.stat_result) -> tuple[Any, ...]:
     """What stat(2) must say alike on both sides; a time only where somebody set it."""
     size = None if stat.S_ISDIR(found.st_mode) else found.st_size

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.campaigns.calls_on_a_side import Call, Side, whole
+from tests.campaigns.calls_on_a_side import MTIME, Call, Side, whole
 from tests.campaigns.random_calls import Calls
 
 TOLD_MAX = 40
@@ -71,11 +71,17 @@ class Pair:
 
     def look(self) -> dict[str, tuple[Any, ...]]:
         """Compare the trees as they are: through the overlay, beside it, and beneath it once all is written."""
-        expected = whole(self.model)
-        compare_trees("through the overlay", whole(self.through), expected)
+        expected = self.told(self.model)
+        compare_trees("through the overlay", self.told(self.through), expected)
         self.sync()
-        compare_trees("beneath the overlay", whole(self.beneath), expected)
+        compare_trees("beneath the overlay", self.told(self.beneath), expected)
         return expected
+
+    def told(self, base: Path) -> dict[str, tuple[Any, ...]]:
+        """What lies below. JuiceFS 0.14 sets the time of a file anew when it stores what was written before: some time
+        after utimensat(2)."""
+        found = whole(base)
+        return found if self.faithful else {name: facts[:MTIME] + facts[MTIME + 1 :] for name, facts in found.items()}
 
     def sync(self) -> None:
         """What was written through mappings reaches the source. (syncfs(2) does not wait for FUSE since Linux 6.16:
