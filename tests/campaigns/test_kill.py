@@ -33,7 +33,7 @@ def models(mount: OverlayMount, count: int, size: int) -> dict[Path, bytes]:
     return files
 
 
-def crew_of(mount: OverlayMount, seed: int, *, exchanging: bool) -> Crew:
+def crew_of(mount: OverlayMount, seed: int, *, faithful: bool) -> Crew:
     """Readers, writers, and all that changes names."""
     files = models(mount, 6, 600_000)
     work = mount.mountpoint / "work"
@@ -43,8 +43,8 @@ def crew_of(mount: OverlayMount, seed: int, *, exchanging: bool) -> Crew:
         "reader 2": reads(files),
         "appender": appends(work / "appends"),
         "truncater": truncates(work / "truncates"),
-        "renamer 1": Names(work / "names 1", exchanging=exchanging).step,
-        "renamer 2": Names(work / "names 2", exchanging=exchanging).step,
+        "renamer 1": Names(work / "names 1", faithful=faithful).step,
+        "renamer 2": Names(work / "names 2", faithful=faithful).step,
         "unlinker": open_unlinked(work / "unlinked"),
         "lister": lists(work / "listed", 300),
     }
@@ -78,12 +78,12 @@ class Kills:
         return sorted(end - at for at in self.at for start, end in calls if start < at < end)
 
 
-def campaign(mount: OverlayMount, cycles: int, *, exchanging: bool = True) -> None:
+def campaign(mount: OverlayMount, cycles: int, *, faithful: bool = True) -> None:
     """So many kills, and what they are held to."""
     seed = house.seed()
     kills = Kills(mount, seed)
     started = time.monotonic()
-    with crew_of(mount, seed, exchanging=exchanging) as crew:
+    with crew_of(mount, seed, faithful=faithful) as crew:
         while len(kills.at) < cycles and not crew.failed():
             kills.kill()
     waits = kills.waits(crew.told)
@@ -128,4 +128,4 @@ def test_campaign_kills_over_juicefs(
 ) -> None:
     source = juicefs / "killed"
     source.mkdir()
-    campaign(overlay_mount(source, **settings()), int(os.environ.get("TIERD_KILLS", "100")), exchanging=False)
+    campaign(overlay_mount(source, **settings()), int(os.environ.get("TIERD_KILLS", "100")), faithful=False)
