@@ -167,3 +167,12 @@ def tree(source_kind: str, shared_mount: OverlayMount) -> Iterator[Tree]:
     complaints = shared_mount.ledger_complaints() + shared_mount.log_complaints()
     if complaints:
         pytest.fail("\n".join(complaints), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def other_node(juicefs_volume: JuiceFS, new_directory: DirectoryFactory) -> Iterator[Path]:
+    """Another mount of the volume. It caches no attributes: JuiceFS's own readers may see old sizes for a second."""
+    where = new_directory("other-node")
+    options = [word for name in ("attr", "entry", "dir-entry") for word in (f"--{name}-cache", "0")]
+    yield juicefs_volume.mount(where, extra=options).mountpoint
+    juicefs_volume.umount(where)

@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 
 import pytest
 
-from bench.juicefs import JuiceFS
 from tests.campaigns import house
 from tests.conftest import DirectoryFactory, MountFactory
 from tests.faulty import FaultySource
@@ -225,15 +224,6 @@ def place(kind: str, way: Way, request: pytest.FixtureRequest, new_directory: Di
     else:
         source = new_directory("source")
         yield Place(source, source)
-
-
-@pytest.fixture(scope="module")
-def other_node(juicefs_volume: JuiceFS, new_directory: DirectoryFactory) -> Iterator[Path]:
-    """Another mount of the volume, which caches no attributes."""
-    where = new_directory("other-node")
-    options = [word for name in ("attr", "entry", "dir-entry") for word in (f"--{name}-cache", "0")]
-    yield juicefs_volume.mount(where, extra=options).mountpoint
-    juicefs_volume.umount(where)
 
 
 def test_no_open_sees_what_is_over(place: Place, kind: str, way: Way, overlay_mount: MountFactory) -> None:

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bench.juicefs import JuiceFS
-from tests.conftest import DirectoryFactory, MountFactory, Tree
+from tests.conftest import MountFactory, Tree
 from tests.mounts import raises, wait_until
 
 pytestmark = pytest.mark.sources("directory", "juicefs", "daemon-reads")
@@ -282,15 +281,6 @@ class Nodes(NamedTuple):
 
     overlay: Path
     other: Path
-
-
-@pytest.fixture(scope="module")
-def other_node(juicefs_volume: JuiceFS, new_directory: DirectoryFactory) -> Iterator[Path]:
-    """Mount B. It caches no attributes: JuiceFS's own readers may see old sizes for a second."""
-    where = new_directory("other-node")
-    options = [word for name in ("attr", "entry", "dir-entry") for word in (f"--{name}-cache", "0")]
-    yield juicefs_volume.mount(where, extra=options).mountpoint
-    juicefs_volume.umount(where)
 
 
 @pytest.fixture(scope="module")

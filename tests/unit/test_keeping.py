@@ -177,7 +177,7 @@ async def test_a_long_ledger_is_made_short(line: Line, small_bound: int) -> None
 
 def test_a_long_ledger_is_not_gone_on_with(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by 500 kills: nobody lived for long enough to make it short, and each successor read all of it."""
-    monkeypatch.setattr(keeping_module, "_INHERITED_BYTES_MAX", 100_000)
+    monkeypatch.setattr(keeping_module, "_LEDGER_BYTES_MAX", 100_000)
     ledger = Ledger()
     grow(ledger, 90_000, nodes=10)
     line.keeping.shorten(ledger, read(ledger.fd))
@@ -195,7 +195,7 @@ def test_a_long_ledger_is_not_gone_on_with(line: Line, monkeypatch: pytest.Monke
 
 
 def test_a_ledger_is_gone_on_with_if_the_keeper_has_died(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeping_module, "_INHERITED_BYTES_MAX", 100_000)
+    monkeypatch.setattr(keeping_module, "_LEDGER_BYTES_MAX", 100_000)
     ledger = Ledger()
     grow(ledger, 200_000, nodes=10)
     line.keeper.close()

@@ -26,9 +26,8 @@ _LEDGER_BYTES_MAX = 4 << 20
 """A longer ledger is compacted, if it says more than twice what it must. A successor reads it while everybody waits:
 4 MiB in a tenth of a second."""
 _COMPACT_CHECK_SECONDS = 5.0
-_INHERITED_BYTES_MAX = 4 << 20
 _INHERITED_BYTES_PER_NODE = 512
-"""A ledger that is inherited longer than this is made short before it is gone on with: reading it costs pods a wait."""
+"""An inherited ledger that is longer than that, and this for each node, is made short before anybody goes on with it."""
 
 
 class Keeping:
@@ -113,7 +112,7 @@ class Keeping:
     def shorten(self, ledger: Ledger, said: Estate) -> None:
         """Go on in a new log if the one that was left says much that is over. `said` is all that it says. Where daemons
         die every few seconds none of them would come to `compact`."""
-        if ledger.lost or said.end <= _INHERITED_BYTES_MAX + _INHERITED_BYTES_PER_NODE * len(said.nodes):
+        if ledger.lost or said.end <= _LEDGER_BYTES_MAX + _INHERITED_BYTES_PER_NODE * len(said.nodes):
             return
         fresh = Ledger()
         said.write(fresh)
