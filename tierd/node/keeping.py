@@ -27,7 +27,7 @@ _LEDGER_BYTES_MAX = 4 << 20
 4 MiB in a tenth of a second."""
 _COMPACT_CHECK_SECONDS = 5.0
 _INHERITED_BYTES_PER_NODE = 512
-"""An inherited ledger that is longer than that, and this for each node, is made short before anybody goes on with it."""
+"""An inherited ledger that is longer than that, and this for each node, is made short before it is gone on with."""
 
 
 class Keeping:
