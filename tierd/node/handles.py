@@ -13,7 +13,10 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
+
+import trio
 
 from tierd.node.fill import Fill
 from tierd.node.inodes import InodeTable, Node
@@ -219,3 +222,14 @@ class DirCache:
         """Drop everything (at the end)."""
         for node in list(self._fds):
             self.drop(node)
+
+
+def close_soon(fd: int) -> None:
+    """Close in a thread of its own: on a source that stalls it may block. An error is no news: a writer's comes out at
+    its flush, close(2)."""
+
+    def close() -> None:
+        with suppress(OSError):
+            os.close(fd)
+
+    trio.lowlevel.start_thread_soon(close, lambda outcome: outcome.unwrap())

@@ -17,11 +17,11 @@ import trio
 from tierd.node.caller import pod_of
 from tierd.node.files import Files
 from tierd.node.fill import Fill
-from tierd.node.handles import FileHandle
+from tierd.node.handles import FileHandle, close_soon
 from tierd.node.inodes import Node, pack, same_content, unpack
 from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, of_source
 from tierd.node.reads import ReadTarget
-from tierd.node.retries import SecondTries, close_soon
+from tierd.node.retries import SecondTries
 from tierd.node.sources import (
     Creator,
     Moved,

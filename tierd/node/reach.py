@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
 import trio
 
-from tierd.node.handles import DirCache, Handle
+from tierd.node.handles import DirCache, Handle, close_soon
 from tierd.node.inodes import InodeTable, Node, pack
 from tierd.node.ledger import Ledger
 from tierd.node.once import Once
@@ -166,7 +166,7 @@ class Reach:
         finally:
             handle.uses -= 1
             if handle.closing and handle.uses == 0:
-                os.close(handle.fd)
+                close_soon(handle.fd)
 
     # --- nodes ---
 

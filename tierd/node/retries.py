@@ -6,11 +6,12 @@ So the file is opened at the lookup already, and kept for the open that comes.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 
 import trio
+
+from tierd.node.handles import close_soon
 
 TRIES_MAX = 64
 TRY_SECONDS = 2.0
@@ -76,8 +77,3 @@ class SecondTries:
         ended = self._tries.pop(pid, None)
         if ended is not None and ended.fd >= 0:
             close_soon(ended.fd)
-
-
-def close_soon(fd: int) -> None:
-    """Close in a thread of its own: on a source that stalls it may block."""
-    trio.lowlevel.start_thread_soon(lambda: os.close(fd), lambda outcome: outcome.unwrap())
