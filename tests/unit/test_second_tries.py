@@ -13,7 +13,8 @@ from tests.unit.conftest import Bench
 from tests.unit.descriptors import open_descriptors
 from tests.unit.kernel import CALLER, number_of
 from tierd.node.ledger import ROOT_ID
-from tierd.node.reach import Caller
+from tierd.node.opens import PASSTHROUGH_BYTES_MIN
+from tierd.node.reach import YOUNG_SECONDS, Caller
 from tierd.node.retries import TRIES_MAX, TRY_SECONDS
 
 PID = 4242
@@ -164,3 +165,19 @@ async def test_a_file_that_may_not_be_opened_is_found_all_the_same(
     monkeypatch.setattr(bench.source, "_open_checked", refuse)
     assert (await bench.overlay.lookup(ROOT_ID, b"a", PID)).attributes.st_size == len(b"second")
     bench.kernel.lookups[await bench.kernel.node(b"a")] += 1
+
+
+async def test_the_node_stays_free_for_a_writer_that_is_slow(bench: Bench, autojump_clock: MockClock) -> None:
+    """Between being sent back, its lookup and its open there may be a moment on a busy machine, each time."""
+    bench.reads.offers = True
+    (bench.beneath / "a").write_bytes(bytes(PASSTHROUGH_BYTES_MIN))
+    node_id = await bench.kernel.node(b"a")
+    reading = await bench.overlay.open(node_id, os.O_RDONLY, CALLER)
+    assert await number_of(bench.overlay.open(node_id, os.O_RDWR, READER)) == "ESTALE", "a reader has it"
+    await trio.sleep(YOUNG_SECONDS * 0.8)
+    node_id = await looked_up(bench)
+    await trio.sleep(YOUNG_SECONDS * 0.8)
+    beside = await bench.overlay.open(node_id, os.O_RDONLY, CALLER)
+    writing = await bench.overlay.open(node_id, os.O_RDWR, READER)
+    for opened in (reading, beside, writing):
+        await bench.overlay.release(opened.fh)

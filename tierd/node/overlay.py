@@ -64,6 +64,8 @@ class Overlay(Opens):
             st, fd = await self._run(self.source.lstat_and_open, dir_fd, name)
         node = self._count(parent, name, st)
         self._remember(node, st)
+        if self._is_young(node):  # it was kept free for this thread's open, which comes only now
+            node.young_until = trio.current_time() + YOUNG_SECONDS
         if fd is not None:
             self.second_tries.keep(pid, node.id, fd)
         return Entry(node.id, st)
