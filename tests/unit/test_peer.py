@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tierd.node.device import open_device, unmount
+from tierd.node.messages import IN_HEADER, INIT, OUT_HEADER
 from tierd.node.packets import pair
 from tierd.node.peer import BEAT_SECONDS, DYING_SECONDS, QUICK_DEATHS_MAX, SEND_SECONDS, START_SECONDS, Peer, Succession
 
@@ -21,6 +24,8 @@ import ctypes, os, sys, threading, time
 threading.Thread(target=lambda: (time.sleep(0.1), print("alone", flush=True), sys.stdin.read(), os._exit(0))).start()
 ctypes.CDLL(None).syscall({"x86_64": 60}.get(os.uname().machine, 93), 0)  # exit(2) of the main thread alone
 """
+INIT_OUT = struct.Struct("=IIIIHHIIHHII24x")
+REQUEST_BYTES = 1 << 20
 
 
 @pytest.fixture
@@ -42,6 +47,24 @@ def headless() -> Iterator[subprocess.Popen[bytes]]:
         assert started.stdout.readline() == b"alone\n"
         yield started
         started.communicate()
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose first thread waits in the kernel for a file system that never answers."""
+    device = open_device(str(tmp_path), allow_other=False)
+    started = subprocess.Popen(["stat", str(tmp_path / "name")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        request = os.read(device, REQUEST_BYTES)
+        assert IN_HEADER.unpack_from(request)[1] == INIT
+        answer = INIT_OUT.pack(7, 38, 0, 0, 12, 9, 1 << 16, 1, 1, 0, 0, 0)
+        os.write(device, OUT_HEADER.pack(OUT_HEADER.size + len(answer), 0, IN_HEADER.unpack_from(request)[2]) + answer)
+        assert os.read(device, REQUEST_BYTES), "one that was read can no longer be taken back"
+        yield started
+    finally:
+        unmount(str(tmp_path))
+        os.close(device)
+        started.wait()
 
 
 # --- dead or alive ---
@@ -76,6 +99,18 @@ def test_a_killed_one_is_given_a_moment_for_its_last_thread(
     assert not peer.dead(now)
     assert not peer.dead(now + DYING_SECONDS)
     assert peer.dead(now + DYING_SECONDS + 0.1), "no longer: it may hang in a source for ever"
+
+
+def test_one_that_was_killed_and_hangs_is_not_waited_for(sock: socket.socket, hanging: subprocess.Popen[bytes]) -> None:
+    """Its event loop itself hung in the source: only after 20 s of silence was it taken for dead."""
+    peer = Peer(sock, hanging.pid, ready_at=1.0)
+    now = time.monotonic()
+    assert not peer.dead(now), "it only waits"
+    assert peer.leave_by is None
+    hanging.kill()
+    assert Path(f"/proc/{hanging.pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
+    assert not peer.dead(now)
+    assert peer.dead(now + DYING_SECONDS + 0.1)
 
 
 def test_a_killed_one_has_no_more_time_to_leave_than_it_was_given(

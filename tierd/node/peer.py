@@ -49,9 +49,11 @@ class Peer:
         return now - self.heard > silence_max or (self.leave_by is not None and now > self.leave_by)
 
     def _killed(self) -> bool:
-        """Its first thread has ended."""
-        with suppress(OSError), open(f"/proc/{self.pid}/stat", "rb") as file:
-            return bool(self.pid) and file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+        """Its first thread has ended, or would if it did not hang in the kernel: SIGKILL waits for it, proc(5)."""
+        with suppress(OSError), open(f"/proc/{self.pid}/status", "rb") as file:
+            told = dict(line.split(b":", 1) for line in file)
+            pending = int(told[b"SigPnd"], 16) | int(told[b"ShdPnd"], 16)
+            return told[b"State"].split()[0] in (b"Z", b"X") or bool(pending >> (signal.SIGKILL - 1) & 1)
         return False  # not in sight
 
     def tell(self, message: bytes) -> None:
