@@ -49,7 +49,7 @@ _LEAVE_SECONDS = 1.0
 _LOCK_SECONDS = 3.0
 _LOCK_PAUSE_SECONDS = 0.1
 _RESTART_SECONDS = 5.0
-_ACCOUNT_SECONDS = 0.01
+_ACCOUNT_SECONDS = 0.1
 
 
 class Daemon:
@@ -191,7 +191,8 @@ class Daemon:
         trio.lowlevel.spawn_system_task(keep_running, "take_back", self.overlay.take_back, said)
 
     async def _follow_short_way(self) -> None:
-        """Account for what the pumps answered, some hundred times a second at most: each time costs them the lock."""
+        """Account for what the pumps answered, ten times a second at most: each time costs them the lock. (Whoever needs
+        it sooner takes the events itself.)"""
         while True:
             await self._hot_events.wait()
             await trio.sleep(_ACCOUNT_SECONDS)
