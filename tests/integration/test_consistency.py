@@ -30,6 +30,23 @@ def overwrite(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+# --- one file by two names ---
+
+
+def test_appends_by_two_names_follow_each_other(tree: Tree) -> None:
+    """The second one was opened in the node that a reader had used before, and overwrote what the first one wrote."""
+    (tree.top / "file").write_bytes(bytes(200_000))
+    (tree.top / "other").hardlink_to(tree.top / "file")
+    time.sleep(ATTR_SECONDS + SLACK_SECONDS)
+    os.stat(tree.top / "other")
+    with (tree.top / "file").open("rb"):
+        first = (tree.top / "file").open("ab", buffering=0)
+    with first, (tree.top / "other").open("ab", buffering=0) as second:
+        for writer in (first, second, first, second):
+            writer.write(b"x" * 1000)
+    assert len((tree.beneath / "file").read_bytes()) == 204_000
+
+
 # --- the next open sees all of it, at once ---
 
 

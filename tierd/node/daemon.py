@@ -191,8 +191,8 @@ class Daemon:
         trio.lowlevel.spawn_system_task(keep_running, "take_back", self.overlay.take_back, said)
 
     async def _follow_short_way(self) -> None:
-        """Account for what the pumps answered, ten times a second at most: each time costs them the lock. (Whoever needs
-        it sooner takes the events itself.)"""
+        """Account for what the pumps answered, ten times a second at most: each time costs them the lock. Whoever needs
+        it sooner takes the events itself."""
         while True:
             await self._hot_events.wait()
             await trio.sleep(_ACCOUNT_SECONDS)

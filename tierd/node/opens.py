@@ -104,9 +104,16 @@ class Opens(Files):
         """Open a file. Raises ESTALE when the kernel shall look the name up again."""
         self.take_events()
         node = self.inodes.get(node_id)
+        is_second = self.second_tries.awaits(caller.pid)
         kept = self.second_tries.take(caller.pid, node_id)
         opened = None
         try:
+            if node.retired and not is_second and caller.pid:
+                # By a name that the kernel still takes for it. Were it open in two nodes, each would have a size of its
+                # own, and appends through one would overwrite those through the other.
+                if flags & os.O_ACCMODE != os.O_RDONLY:
+                    await self._free_successor(node, flags)
+                raise Moved
             if self._tier is not None and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
                 opened = await self._open_copy(node, self._tier, caller)
             if opened is None:
@@ -283,21 +290,25 @@ class Opens(Files):
         return flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY and _reads_a_version(node)
 
     async def _send_back(self, node: Node, found: _Reached, flags: int) -> NoReturn:
-        """Have the kernel look the name up again and open the node that this returns: a young one, free for that.
+        """Have the kernel look the name up again and open the node that this returns: a young one, free for that."""
+        try:
+            await self._free_successor(node, flags)
+        finally:
+            self._holder.drop(found.fh)
+            close_soon(found.fd)
+        raise Moved
 
-        A node that was retired long ago, and is still named by the kernel, has a successor that may be neither.
-        """
+    async def _free_successor(self, node: Node, flags: int) -> None:
+        """A node that was retired long ago, and is still named by the kernel, has a successor that may be neither young
+        nor free."""
         young_until = trio.current_time() + YOUNG_SECONDS
         live = self.inodes.by_key(node.key)
         if live is not None and (live is node or self._excluded(live, flags)):
             self._retire(live, young_until=young_until)
         elif live is not None:
             live.young_until = young_until
-        self._holder.drop(found.fh)
-        await self._run(os.close, found.fd)
         if live is not None and live.retired:  # what its readers ask for next may be changed by way of another node
             await self._run(self._reads.attributes_changed, live.id)
-        raise Moved
 
     def _pass_through_source(self, handle: FileHandle) -> None:
         """Let the kernel read the source by itself, if no open of this node is served in the other mode.
