@@ -35,6 +35,12 @@ def unlinked(st: os.stat_result) -> os.stat_result:
     return stat_result(mode, inode, device, 0, *rest)
 
 
+def changed(st: os.stat_result, *, mode: int, size: int) -> os.stat_result:
+    """The same attributes with another mode and size."""
+    _, inode, device, nlink, uid, gid, _, *rest = _fields(st)
+    return stat_result(mode, inode, device, nlink, uid, gid, size, *rest)
+
+
 def differ(one: os.stat_result, other: os.stat_result) -> bool:
     """They differ in more than the time of the last access."""
     return (one[:7], one.st_mtime_ns, one.st_ctime_ns) != (other[:7], other.st_mtime_ns, other.st_ctime_ns)

@@ -25,7 +25,7 @@ from tierd.node.ledger import HANDLE, ROOT_ID, HandleRecord
 from tierd.node.once import Inode
 from tierd.node.opens import PASSTHROUGH_BYTES_MIN, Opens, owner_of, reads_copy
 from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, of_source
-from tierd.node.sources import ACL_NAMES, Change, Changes, Moved, Ref
+from tierd.node.sources import ACL_NAMES, RENAME_EXCHANGE, Change, Changes, Moved, Ref
 
 _READDIR_BATCH_MAX = 512
 _DOTS = (b".", b"..")
@@ -260,7 +260,7 @@ class Overlay(Opens):
         if node is not None:
             self.inodes.drop_name(node, old_parent, old)
             self.inodes.add_name(node, new_parent, new)
-        if other is not None and flags & _RENAME_EXCHANGE:
+        if other is not None and flags & RENAME_EXCHANGE:
             self.inodes.add_name(other, old_parent, old)
         if other is not None:
             self._let_go(other)
@@ -408,6 +408,3 @@ class Overlay(Opens):
         assert self.inodes.get(ROOT_ID) is self.inodes.root
         for handle in self.files.values():
             assert handle in (handle.node.handles or ())
-
-
-_RENAME_EXCHANGE = 2

@@ -39,7 +39,8 @@ _RACES_MAX = 3
 _OPEN_FLAGS_KEPT = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 """What of a pod's open flags reaches the source. Never O_APPEND (the kernel gives the offset, and a
 repeated write must land on the same bytes) nor O_DIRECT (our buffers are not aligned)."""
-_RENAMEAT2_FLAGS = {0, 1, 2}
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+_RENAMEAT2_FLAGS = {0, RENAME_NOREPLACE, RENAME_EXCHANGE}
 _STEP_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _IO_BYTES_MAX = 1 << 30
 
@@ -474,9 +475,8 @@ class PosixSource:
             about(found, stood)
             if flags == 0:
                 os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)
-            elif _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number))
+            else:
+                renameat2(old_fd, old, new_fd, new, flags)
             return moved(), replaced() if replaced is not None else None
 
     @contextlib.contextmanager
@@ -492,6 +492,13 @@ class PosixSource:
     def statvfs(self) -> os.statvfs_result:
         """Sizes and free space of the source."""
         return os.fstatvfs(self.root_fd)
+
+
+def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
+    """renameat2(2). Raises OSError."""
+    if _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _stat_after(fd: int, before: os.stat_result) -> os.stat_result:
