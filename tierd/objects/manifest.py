@@ -106,11 +106,11 @@ class Manifest:
         _check_head(self)
         for entry in self.entries():
             _check_entry(entry)
+        _check_tree(self)
+        _check_groups(self.files)
         _check_order("directories", [entry.path for entry in self.directories])
         _check_order("files", [entry.path for entry in self.files])
         _check_order("links", [entry.path for entry in self.links])
-        _check_tree(self)
-        _check_groups(self.files)
 
 
 def manifest_of(model_id: str, version: int, created_at: datetime, entries: Iterable[Entry]) -> Manifest:

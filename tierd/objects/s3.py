@@ -8,7 +8,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from minio.error import S3Error
+from minio.error import MinioException
 
 from tierd.objects.download import Download
 from tierd.objects.endpoint import Endpoint, Limits
@@ -19,7 +19,6 @@ from tierd.objects.sums import CHUNK_BYTES, AnySums, WholeSum
 from tierd.objects.transport import Transport
 from tierd.objects.upload import put_file, put_sums
 
-_EXISTS = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 _ABORTED_MAX = 10_000
 """Uploads looked at by one call; the next one finds the others."""
 
@@ -46,8 +45,8 @@ class S3Store:
                 return
             try:
                 wire.make_bucket(bucket)
-            except S3Error as error:
-                if error.code not in _EXISTS:  # another was faster, or the answer to the first try got lost
+            except MinioException:  # another was faster, or the answer to the first try got lost
+                if not wire.bucket_exists(bucket):
                     raise
 
         self._transport.call(place, make)
@@ -124,7 +123,10 @@ class S3Store:
         place = self._transport.place(check_bucket(bucket))
         wire = self._transport.wire
         before = datetime.now(UTC) - timedelta(seconds=older_than_s)
-        uploads = self._transport.call(place, lambda: [*islice(wire.open_uploads(bucket, prefix), _ABORTED_MAX)])
+        try:
+            uploads = self._transport.call(place, lambda: [*islice(wire.open_uploads(bucket, prefix), _ABORTED_MAX)])
+        except UploadGone:  # rclone's way to say that there are none
+            return 0
         aborted = 0
         for upload in uploads:
             if upload.began is None or upload.began > before:
