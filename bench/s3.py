@@ -12,9 +12,9 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minio import Minio
@@ -33,7 +33,7 @@ CHUNK_BYTES = MIB
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.02
-_STARTED = re.compile(r"Starting s3 server on \[http://(?P<address>[0-9.:]+)/\]")
+_STARTED = re.compile(r"Starting s3 server on \[(?P<url>https?://[0-9.:]+)/\]")
 
 
 class S3Error(RuntimeError):
@@ -61,10 +61,20 @@ def pieces(sizes: Mapping[str, int], streams: int = STREAMS) -> list[Piece]:
 
 
 @dataclass(frozen=True)
+class Server:
+    """A running server, and the keys that it takes."""
+
+    url: str
+    access_key: str
+    secret_key: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Store:
     """A client of a running server."""
 
     client: Minio
+    server: Server
 
     def sizes(self, bucket: str, prefix: str) -> dict[str, int]:
         """The objects below `prefix` by key, with their sizes in bytes."""
@@ -101,9 +111,10 @@ class Store:
 
 
 @contextlib.contextmanager
-def serve(directory: Path, log: Path) -> Iterator[Store]:
+def serve(directory: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Store]:
     """Serves `directory`, whose subdirectories are the buckets, on a free port of 127.0.0.1, with random keys.
 
+    `options` are more of rclone's; with `--cert` and `--key` it speaks TLS, which the client here does not verify.
     Raises `S3Error` with rclone's output when it does not start; `BinaryError` when there is no rclone.
     """
     access, secret = secrets.token_hex(8), secrets.token_hex(16)
@@ -113,28 +124,47 @@ def serve(directory: Path, log: Path) -> Iterator[Store]:
     command += ["--etag-hash", "", "--no-checksum"]
     # In the environment, because everybody can read a command line; quoted, because rclone takes it for CSV.
     keys = {"RCLONE_AUTH_KEY": f'"{access},{secret}"'}
-    process = guard.start([*command, str(directory)], directory, log, keys)
+    process = guard.start([*command, *options, str(directory)], directory, log, keys)
     try:
-        address = _await_address(process, log)
-        yield Store(Minio(address, access_key=access, secret_key=secret, secure=False, region="us-east-1"))
+        server = Server(await_match(process, log, _STARTED, "rclone serve s3")["url"], access, secret)
+        yield Store(client_of(server), server)
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process)
+
+
+def client_of(server: Server) -> Minio:
+    """A plain client."""
+    scheme, _, address = server.url.partition("://")
+    return Minio(
+        address,
+        access_key=server.access_key,
+        secret_key=server.secret_key,
+        secure=scheme == "https",
+        region="us-east-1",
+        cert_check=False,
+    )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a server, by force if it does not listen."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _find_binary() -> str:
     return shutil.which("rclone") or str(binaries.fetched(RCLONE))
 
 
-def _await_address(process: subprocess.Popen[bytes], log: Path) -> str:
+def await_match(process: subprocess.Popen[bytes], log: Path, pattern: re.Pattern[str], name: str) -> re.Match[str]:
+    """Waits until the server has written this to its log. Raises `S3Error` with what it wrote instead."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while (found := _STARTED.search(log.read_text(errors="replace"))) is None:
+    while (found := pattern.search(log.read_text(errors="replace"))) is None:
         if process.poll() is not None or time.monotonic() > deadline:
             printed = log.read_text(errors="replace").strip()[-500:] or "it printed nothing"
-            raise S3Error(f"rclone serve s3 did not start within {START_TIMEOUT_S:.0f} s: {printed}")
+            raise S3Error(f"{name} did not start within {START_TIMEOUT_S:.0f} s: {printed}")
         time.sleep(POLL_S)
-    return found["address"]
+    return found

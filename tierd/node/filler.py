@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from tierd.node.bandwidth import Bandwidth
+from tierd.bandwidth import Bandwidth
 from tierd.node.chores import join_all
 from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity
 from tierd.node.fetch import BLOCK_BYTES, Changed, fetch_chunk
