@@ -194,6 +194,10 @@ def mount(
         str | None,
         typer.Option(help="Log there, rotated. [dim]Default: stderr; with --background STATE/daemon.log[/]"),
     ] = None,
+    objects: Annotated[
+        str | None,
+        typer.Option(metavar="URL|DIR", help="Where the bytes of cold files are: an S3 endpoint, or a directory."),
+    ] = None,
     handover: Annotated[
         str | None,
         typer.Option(

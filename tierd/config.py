@@ -45,6 +45,13 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
+def _object_store(value: Any) -> Any:
+    """A URL or a directory, or in a file all that can be said of an object store (`objects/settings.py`)."""
+    if not isinstance(value, str):
+        return value
+    return {"endpoint": value} if "://" in value else {"directory": _not_empty(value)}
+
+
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?) ?(?P<unit>[KMGTP]i?)?B?", re.IGNORECASE)
 _UNITS = {unit: 1 << (10 * power) for power, unit in enumerate(("", "ki", "mi", "gi", "ti", "pi"))} | {
     unit: 1000**power for power, unit in enumerate(("k", "m", "g", "t", "p"), start=1)
@@ -105,6 +112,7 @@ class MountSettings(BaseModel):
     read_ahead_memory: Ratio = Field(0.5, ge=0, le=1)
     source_timeout: Seconds = Field(2.0, gt=0, le=3600)
     stale_if_unreachable: bool = True
+    objects: Annotated[dict[str, Any] | None, BeforeValidator(_object_store)] = None
     handover: bool = True
     allow_other: bool | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -20,8 +20,9 @@ _ERRNO_NAMES = (
 ERRNO_LABELS = {getattr(_errno, name): name for name in _ERRNO_NAMES}
 """errno values that get a series of their own, by number; all others count as `other`."""
 
-DATA_SOURCES = ("node_tier", "fill", "source")
-"""Whence a reader's bytes come: a whole copy, a file on its way to the node, the source itself."""
+DATA_SOURCES = ("node_tier", "fill", "source", "objects")
+"""Whence a reader's bytes come: a whole copy, a file on its way to the node, the source itself, the object
+of a cold file."""
 _LATENCY_BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
 )  # fmt: skip

@@ -47,6 +47,19 @@ def test_appends_by_two_names_follow_each_other(tree: Tree) -> None:
     assert len((tree.beneath / "file").read_bytes()) == 204_000
 
 
+def test_links_are_counted_whatever_node_a_name_is_of(tree: Tree) -> None:
+    """The kernel had the name that went for a retired node's, and the link count of the other one stayed."""
+    (tree.top / "file").write_bytes(bytes(200_000))
+    (tree.top / "other").hardlink_to(tree.top / "file")
+    time.sleep(ATTR_SECONDS + SLACK_SECONDS)
+    os.stat(tree.top / "other")
+    with (tree.top / "file").open("rb"):
+        (tree.top / "file").open("r+b").close()
+    assert os.stat(tree.top / "file").st_nlink == 2
+    (tree.top / "other").unlink()
+    assert os.stat(tree.top / "file").st_nlink == 1
+
+
 # --- the next open sees all of it, at once ---
 
 

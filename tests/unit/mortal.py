@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from tests.unit.conftest import Bench, Reads
 from tests.unit.kernel import FakeKernel
 from tierd.node.backings import Backings
+from tierd.node.cold_source import ColdSource
 from tierd.node.estate import Estate, Said, read
 from tierd.node.heir import Heir, inherit, intents_of
 from tierd.node.hot import HotFiles
@@ -26,7 +27,6 @@ from tierd.node.once import Once
 from tierd.node.opens import OpenedFile
 from tierd.node.overlay import Overlay
 from tierd.node.reach import Caller, Entry
-from tierd.node.sources import PosixSource
 
 _ONCE = frozenset(
     {"setattr", "mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link", "removexattr", "create"}
@@ -175,7 +175,7 @@ class Mortal:
 
     def __init__(self, beneath: Path, deaths: Sequence[Death], *, passthrough: bool = False) -> None:
         self.beneath = beneath
-        self.source = PosixSource(beneath)
+        self.source = ColdSource(beneath)
         self.deaths = list(deaths)
         self.keep = Keep()
         self.kernel_backings = KernelBackings()

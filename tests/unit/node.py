@@ -18,8 +18,8 @@ from tierd.errors import UsageError
 from tierd.metrics import TierMetrics
 from tierd.node import filler as filler_module
 from tierd.node.catalog import walk
+from tierd.node.cold_source import ColdSource
 from tierd.node.index import Index
-from tierd.node.sources import PosixSource
 from tierd.node.store import Copy
 from tierd.node.tier_control import TierControl
 from tierd.node.tier_setup import TierParts
@@ -36,7 +36,7 @@ class Node:
         for path in (self.source / "models", base / "cache", base / "state"):
             path.mkdir(parents=True, exist_ok=True)
         self.index = Index(base / "state" / "index.db")
-        self.posix = PosixSource(self.source)
+        self.posix = ColdSource(self.source)
         made = MountSettings(
             source=self.source, mountpoint=base / "mnt", free_space_ratio=0.0, free_space_target=0.001, **settings
         )  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ class Node:
             base / "cache", made, self.posix, self.index, TierMetrics(CollectorRegistry()), lambda _: True
         )
         self.control = TierControl(
-            self.parts, self.index, self.source, lambda: walk(self.source, made.models_roots_bytes).size_bytes
+            self.parts, self.index, self.source, lambda: walk(self.posix, made.models_roots_bytes).size_bytes
         )
         self.parts.tier.start()
 

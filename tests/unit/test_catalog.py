@@ -9,12 +9,24 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from tests.cold import freeze
 from tierd.node import catalog as catalog_module
-from tierd.node.catalog import walk
+from tierd.node.catalog import Catalog, files_of
+from tierd.node.catalog import walk as walk_source
+from tierd.node.cold_source import ColdSource
 from tierd.node.recorder import ModelDirs
 from tierd.units import model_of
 
 ROOTS = (b"models", b"hot-models")
+
+
+def walk(source: Path, roots: Sequence[bytes]) -> Catalog:
+    """What a walk over a source finds."""
+    opened = ColdSource(source)
+    try:
+        return walk_source(opened, roots)
+    finally:
+        opened.close()
 
 
 def fill(top: Path, files: dict[str, int]) -> None:
@@ -124,10 +136,22 @@ def test_it_agrees_with_what_opens_are_recorded_under(tmp_path: Path) -> None:
         "models/loose/notes.txt": 1,
     }
     fill(tmp_path, files)
-    root_fd = os.open(tmp_path, os.O_RDONLY)
-    try:
-        evidence = ModelDirs(root_fd)
-        recorded = {model_of(name.encode(), ROOTS, evidence) for name in files} - {None}
-    finally:
-        os.close(root_fd)
+    source = ColdSource(tmp_path)
+    recorded = {model_of(name.encode(), ROOTS, ModelDirs(source)) for name in files} - {None}
+    source.close()
     assert recorded == walk(tmp_path, ROOTS).size_bytes.keys()
+
+
+def test_cold_files_count_as_they_did(tmp_path: Path) -> None:
+    """A model whose weights are cold is still one, and as large."""
+    fill(tmp_path, {"models/llama/x.safetensors": 100, "models/llama/notes.txt": 5, "models/tiny.gguf": 7})
+    before = walk(tmp_path, ROOTS).size_bytes
+    freeze({tmp_path / "models/llama/x.safetensors": None, tmp_path / "models/tiny.gguf": None})
+    assert walk(tmp_path, ROOTS).size_bytes == before == {b"models/llama": 105, b"models/tiny.gguf": 7}
+    source = ColdSource(tmp_path)
+    found = files_of(source, b"models/llama", lambda path: b"models/llama")
+    assert [(file.path, file.identity.size) for file in found] == [
+        (b"models/llama/notes.txt", 5),
+        (b"models/llama/x.safetensors", 100),
+    ]
+    source.close()

@@ -18,6 +18,7 @@ from tests.unit.copies import (
 )
 from tests.unit.shop import CHUNK, Shop, Tap, names
 from tierd.node import fill as fill_module
+from tierd.node import filler as filler_module
 from tierd.node.fill import Outcome
 
 # --- one fill per file ---
@@ -92,7 +93,7 @@ def test_ranges_land_in_any_order_and_each_read_goes_on_with_its_own(
 ) -> None:
     monkeypatch.setattr(fill_module, "_NEARLY_THERE_CHUNKS", 0)
     monkeypatch.setattr(fill_module, "_RUN_CHUNKS", 1)
-    monkeypatch.setattr(fill_module, "_STREAMS_PER_FILE", 6)
+    monkeypatch.setattr(filler_module, "STREAMS_PER_FILE", 6)
     data = shop.write("x", 6 * CHUNK)
     filler = shop.filler(ByHand)
     reader = shop.read(filler, "x")

@@ -154,6 +154,14 @@ def test_an_open_and_its_release(hot: Hot) -> None:
     assert (hot.files.opens, hot.files.lookups) == (2, 0)
 
 
+def test_a_thread_that_the_event_loop_waits_for_is_not_answered(hot: Hot) -> None:
+    node = hot.file("x")
+    hot.files.long_way.add(PID)
+    assert hot.opens(node) is None
+    hot.files.long_way.discard(PID)
+    assert hot.opens(node) is not None
+
+
 def test_what_is_not_published_is_not_answered(hot: Hot) -> None:
     node = hot.write("x")
     assert not hot.looks_up("x")

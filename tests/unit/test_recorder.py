@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tierd.metrics import Metrics
+from tierd.node.cold_source import ColdSource
 from tierd.node.index import Batch, Index
 from tierd.node.journal import Closed, Journal, Opened
 from tierd.node.recorder import ModelDirs, Recorder
@@ -257,7 +258,7 @@ async def test_an_unreadable_directory_does_not_lose_the_batch(tmp_path: Path, m
     """Listing a directory of a network file system may fail half-way; that is no evidence, not an error."""
     source = tmp_path / "source"
     (source / "models" / "a").mkdir(parents=True)
-    root_fd = os.open(source, os.O_RDONLY)
+    root = ColdSource(source)
     listdir = os.listdir
 
     def fail(where: Any) -> list[Any]:
@@ -265,7 +266,7 @@ async def test_an_unreadable_directory_does_not_lose_the_batch(tmp_path: Path, m
             raise OSError(5, "Input/output error")
         return listdir(where)
 
-    setup = Setup(tmp_path, ModelDirs(root_fd))
+    setup = Setup(tmp_path, ModelDirs(root))
     try:
         with closing(setup.index), capture_logs() as logs:
             monkeypatch.setattr(os, "listdir", fail)
@@ -274,22 +275,23 @@ async def test_an_unreadable_directory_does_not_lose_the_batch(tmp_path: Path, m
             assert setup.sums() == {b"models/a/b": (1, 1, 0)}
             assert [line["event"] for line in logs] == ["model_dir_unreadable"]
     finally:
-        os.close(root_fd)
+        root.close()
 
 
 # --- evidence from the disk ---
 
 
 @pytest.fixture
-def root_fd(tmp_path: Path) -> Iterator[int]:
-    fd = os.open(tmp_path, os.O_RDONLY)
-    yield fd
-    os.close(fd)
+def root(tmp_path: Path) -> Iterator[ColdSource]:
+    """The source."""
+    source = ColdSource(tmp_path)
+    yield source
+    source.close()
 
 
-def test_evidence_is_looked_up_once_a_minute(tmp_path: Path, root_fd: int) -> None:
+def test_evidence_is_looked_up_once_a_minute(tmp_path: Path, root: ColdSource) -> None:
     now = 1000.0
-    is_model_dir = ModelDirs(root_fd, lambda: now)
+    is_model_dir = ModelDirs(root, lambda: now)
     directory = tmp_path / "models" / "a"
     directory.mkdir(parents=True)
     assert not is_model_dir(b"models/a")
@@ -301,18 +303,18 @@ def test_evidence_is_looked_up_once_a_minute(tmp_path: Path, root_fd: int) -> No
 
 
 @pytest.mark.parametrize("make", ["missing", "file", "dangling"])
-def test_what_is_no_directory_is_no_model_and_no_warning(tmp_path: Path, root_fd: int, make: str) -> None:
+def test_what_is_no_directory_is_no_model_and_no_warning(tmp_path: Path, root: ColdSource, make: str) -> None:
     path = tmp_path / "x"
     if make == "file":
         path.touch()
     elif make == "dangling":
         path.symlink_to("nowhere")
     with capture_logs() as logs:
-        assert not ModelDirs(root_fd)(b"x")
+        assert not ModelDirs(root)(b"x")
     assert logs == []
 
 
-def test_evidence_comes_from_the_source_alone(tmp_path: Path, root_fd: int) -> None:
+def test_evidence_comes_from_the_source_alone(tmp_path: Path, root: ColdSource) -> None:
     """A link out of the tree is no evidence: names are resolved beneath the root only."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -320,15 +322,13 @@ def test_evidence_comes_from_the_source_alone(tmp_path: Path, root_fd: int) -> N
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / "a").symlink_to(outside)
-    fd = os.open(inside, os.O_RDONLY)
-    try:
-        assert not ModelDirs(fd)(b"a")
-    finally:
-        os.close(fd)
+    below = ColdSource(inside)
+    assert not ModelDirs(below)(b"a")
+    below.close()
 
 
-def test_evidence_remembered_is_bounded(tmp_path: Path, root_fd: int) -> None:
-    is_model_dir = ModelDirs(root_fd)
+def test_evidence_remembered_is_bounded(tmp_path: Path, root: ColdSource) -> None:
+    is_model_dir = ModelDirs(root)
     for number in range(10_100):
         is_model_dir(b"%d" % number)
     assert len(is_model_dir._known) == 10_000

@@ -15,7 +15,7 @@ from tests.unit.kernel import CALLER, number_of
 from tierd.node.ledger import ROOT_ID
 from tierd.node.opens import PASSTHROUGH_BYTES_MIN
 from tierd.node.reach import YOUNG_SECONDS, Caller
-from tierd.node.retries import TRIES_MAX, TRY_SECONDS
+from tierd.node.retries import KEPT_SECONDS, TRIES_MAX, TRY_SECONDS, SecondTries
 
 PID = 4242
 READER = Caller(CALLER.uid, CALLER.gid, PID)
@@ -181,3 +181,26 @@ async def test_the_node_stays_free_for_a_writer_that_is_slow(bench: Bench, autoj
     writing = await bench.overlay.open(node_id, os.O_RDWR, READER)
     for opened in (reading, beside, writing):
         await bench.overlay.release(opened.fh)
+
+
+async def test_what_was_found_is_for_the_open_that_follows_at_once(bench: Bench, mock_clock: MockClock) -> None:
+    """A later open of the thread got what an earlier one had found, and which was replaced before it began."""
+    await sent_back(bench)
+    node_id = await looked_up(bench)
+    replace(bench, b"third")
+    mock_clock.jump(KEPT_SECONDS + 0.1)
+    assert await number_of(bench.overlay.open(node_id, os.O_RDONLY, READER)) == "ESTALE"
+
+
+async def test_an_open_that_was_sent_back_goes_the_long_way(bench: Bench) -> None:
+    """The short one would have left what was kept for it to a later open."""
+    threads: set[int] = set()
+    bench.overlay.second_tries = SecondTries(threads)
+    await sent_back(bench)
+    assert threads == {PID}
+    opened = await bench.overlay.open(await looked_up(bench), os.O_RDONLY, READER)
+    assert threads == set()
+    await bench.overlay.release(opened.fh)
+    for pid in range(1, TRIES_MAX + 10):
+        bench.overlay.second_tries.sent_back(pid)
+    assert len(threads) == TRIES_MAX

@@ -14,8 +14,8 @@ from tests.unit.copies import WAIT_SECONDS, Reader, add_copy, content, identity_
 from tests.unit.descriptors import open_descriptors
 from tierd.node import filler as filler_module
 from tierd.node.catalog import files_of
+from tierd.node.cold_source import ColdSource
 from tierd.node.fill import Fill
-from tierd.node.sources import PosixSource
 from tierd.node.store import Copy, Store
 from tierd.node.tier import NodeTier, TierSettings
 from tierd.node.usage import Usage
@@ -73,7 +73,7 @@ class Tiered:
         self.opened: list[Copy] = []
         self.space_needed = threading.Event()
         self.usage = Usage(half_life_s=1000.0, now_ns=lambda: self.now_ns)
-        self.posix = PosixSource(self.source)
+        self.posix = ColdSource(self.source)
         self.readers: list[Reader] = []
         arguments = {"limit_bytes": 1 << 40, "marks": Watermarks(0.0, 0.001), **settings}
         self.tier = NodeTier(

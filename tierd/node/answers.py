@@ -54,7 +54,7 @@ class _Answers:
         )
 
     def _walk(self) -> Catalog:
-        return walk(self._daemon.settings.source, self._daemon.settings.models_roots_bytes)
+        return walk(self._daemon.source, self._daemon.settings.models_roots_bytes)
 
     async def _run(self, function: Callable[[], Any]) -> Any:
         return await trio.to_thread.run_sync(function, limiter=self._slow)

@@ -11,12 +11,13 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import structlog
 
+from tierd.node.cold_source import ColdSource
 from tierd.node.copies import Identity
+from tierd.stubs import RESERVED
 from tierd.units import looks_like_model, model_of, root_of
 
 log = structlog.get_logger(__name__)
@@ -35,13 +36,12 @@ class Catalog:
     files: int = 0
 
 
-def walk(source: Path, roots: Sequence[bytes]) -> Catalog:
+def walk(source: ColdSource, roots: Sequence[bytes]) -> Catalog:
     """Find the models below the roots."""
     catalog = Catalog()
-    base = os.fsencode(source)
     for root in dict.fromkeys(roots):
         if root_of(root, [other for other in roots if other != root]) is None:
-            _walk_root(catalog, base, root, roots)
+            _walk_root(catalog, source, root, roots)
     return catalog
 
 
@@ -53,22 +53,16 @@ class SourceFile(NamedTuple):
 
 
 def files_of(
-    source: Path, model: bytes, model_of_path: Callable[[bytes], bytes | None], limit: int = FILES_MAX
+    source: ColdSource, model: bytes, model_of_path: Callable[[bytes], bytes | None], limit: int = FILES_MAX
 ) -> list[SourceFile]:
-    """The regular, not empty files of a model in load order (by name; a hard link once)."""
-    base = os.fsencode(source)
+    """The regular, not empty files of a model, cold ones too, in load order (by name; a hard link once)."""
+    base = os.fsencode(source.path)
     if os.path.realpath(os.path.join(base, model)) != os.path.join(os.path.realpath(base), model):
         return []  # a link may lead out of the source
     found: list[SourceFile] = []
     seen: set[int] = set()
-    device = os.stat(source).st_dev
-    for path in _paths_of(base, model):
-        try:
-            st = os.lstat(os.path.join(base, path))
-        except OSError as error:
-            if error.errno in _NOT_THERE:
-                continue
-            raise
+    device = os.stat(source.path).st_dev
+    for path, st in _entries_of(source, base, model):
         wanted = stat.S_ISREG(st.st_mode) and st.st_size and st.st_dev == device and st.st_ino not in seen
         if wanted and model_of_path(path) == model and len(found) < limit:
             seen.add(st.st_ino)
@@ -76,18 +70,38 @@ def files_of(
     return found
 
 
-def _paths_of(base: bytes, model: bytes) -> Iterator[bytes]:
+def _entries_of(source: ColdSource, base: bytes, model: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
     top = os.path.join(base, model)
     if os.path.islink(top) or not os.path.isdir(top):  # a link may lead out of the source
-        yield model
+        yield from _entries_in(source, os.path.dirname(top), base, [os.path.basename(top)])
         return
-    for directory, below, names in os.walk(top):
-        below.sort()
-        for name in sorted(names):
-            yield os.path.relpath(os.path.join(directory, name), base)
+    for directory, below, _ in os.walk(top):
+        below[:] = sorted(name for name in below if name != RESERVED)
+        yield from _entries_in(source, directory, base)
 
 
-def _walk_root(catalog: Catalog, base: bytes, root: bytes, roots: Sequence[bytes]) -> None:
+def _entries_in(
+    source: ColdSource, directory: bytes, base: bytes, names: list[bytes] | None = None
+) -> Iterator[tuple[bytes, os.stat_result]]:
+    """What lies in a directory, or those names of it, with attributes; paths relative to the source."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return
+        raise
+    try:
+        wanted = sorted(source.list_names(fd)) if names is None else names
+        found = source.lstat_many(fd, wanted)
+    finally:
+        os.close(fd)
+    for name, st in zip(wanted, found, strict=True):
+        if st is not None:
+            yield os.path.relpath(os.path.join(directory, name), base), st
+
+
+def _walk_root(catalog: Catalog, source: ColdSource, root: bytes, roots: Sequence[bytes]) -> None:
+    base = os.fsencode(source.path)
     marked: set[bytes] = set()
     counted: set[tuple[int, int]] = set()
 
@@ -96,11 +110,13 @@ def _walk_root(catalog: Catalog, base: bytes, root: bytes, roots: Sequence[bytes
             log.warning("catalog_unreadable", reason=str(error))
             catalog.complete = False
 
-    for directory, _, names in os.walk(os.path.join(base, root), onerror=unreadable):
+    for directory, below, names in os.walk(os.path.join(base, root), onerror=unreadable):
+        cold = _cold_names(source, directory) if RESERVED in below else {}
+        below[:] = [name for name in below if name != RESERVED]
         relative = os.path.relpath(directory, base)
-        if looks_like_model(names):
+        if looks_like_model([*names, *cold]):
             marked.add(relative)
-        for name in names:
+        for name in (*names, *cold):
             if catalog.files >= FILES_MAX:
                 catalog.complete = False
                 return
@@ -108,14 +124,25 @@ def _walk_root(catalog: Catalog, base: bytes, root: bytes, roots: Sequence[bytes
             path = os.path.join(relative, name) if relative != b"." else name
             model = model_of(path, roots, marked.__contains__)
             if model is not None:
-                size = _size_once(os.path.join(directory, name), counted)
+                size = _size_once(os.path.join(directory, name), counted, cold.get(name))
                 catalog.size_bytes[model] = catalog.size_bytes.get(model, 0) + size
 
 
-def _size_once(path: bytes, counted: set[tuple[int, int]]) -> int:
+def _cold_names(source: ColdSource, directory: bytes) -> dict[bytes, os.stat_result]:
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return {}
+    try:
+        return dict(source.cold_names(fd))
+    finally:
+        os.close(fd)
+
+
+def _size_once(path: bytes, counted: set[tuple[int, int]], cold: os.stat_result | None) -> int:
     """Bytes of a regular file, 0 for anything else and for further hard links."""
     try:
-        st = os.lstat(path)
+        st = cold or os.lstat(path)
     except FileNotFoundError:
         return 0
     if not stat.S_ISREG(st.st_mode) or (st.st_nlink > 1 and (st.st_dev, st.st_ino) in counted):

@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from tierd.node.sources import (
     renameat2,
 )
 from tierd.node.stub_layer import Layer, Layers, Stub, is_cold, locked, remove_layer, warm
-from tierd.stubs import COLD_MARK, RESERVED
+from tierd.stubs import COLD_MARK, RESERVED, Origin
 
 
 class Cold(Exception):
@@ -94,6 +94,41 @@ class ColdSource(PosixSource):
                 layer, _ = stack.enter_context(self._beside(ref))
                 path = stack.enter_context(super()._path(ref._replace(fd=layer.fd)))
             yield path
+
+    def path_of(self, ref: Ref) -> AbstractContextManager[str]:
+        """A path that leads to exactly this inode, or to its stub (`/proc/self/fd/N`). Raises Moved."""
+        return self._path(ref)
+
+    def open_path(self, path: bytes, flags: int = os.O_RDONLY) -> int:
+        """As that of any source; of a cold file, a descriptor of its stub, which `stub_of` tells."""
+        try:
+            return super().open_path(path, flags)
+        except FileNotFoundError:
+            directory, _, name = path.rpartition(b"/")
+            fd = super().open_path(directory or b".", os.O_PATH)
+        try:
+            with self.layers.of(fd) as layer:
+                if layer is None:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+                return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=layer.fd)
+        finally:
+            os.close(fd)
+
+    def origin_of(self, path: bytes, inode: int) -> Origin | None:
+        """What the stub with this number stands for, by the directory of `path`. Raises OSError."""
+        fd = super().open_path(path.rpartition(b"/")[0] or b".", os.O_PATH)
+        try:
+            with self.layers.of(fd) as layer:
+                return self.layers.origins(layer.base).get(inode) if layer is not None else None
+        finally:
+            os.close(fd)
+
+    def cold_names(self, dir_fd: int) -> list[tuple[bytes, os.stat_result]]:
+        """The cold files of a directory that no file hides, with their attributes."""
+        with self.layers.of(dir_fd) as layer:
+            names = layer.names() if layer is not None else []
+            found = [(name, layer.find(name)) for name in names] if layer is not None else []
+        return [(name, stub.attributes) for name, stub in found if stub is not None and not self._is_hot(dir_fd, name)]
 
     def _told(self, ref: Ref, change: Change) -> Change:
         """What a call on an inode changed, as it looks."""

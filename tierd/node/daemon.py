@@ -17,6 +17,7 @@ from typing import Any
 import structlog
 import trio
 from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
 
 from tierd import __version__
 from tierd.config import MountSettings
@@ -25,6 +26,8 @@ from tierd.metrics import Metrics, TierMetrics
 from tierd.node import admin, estate, fuse, preflight
 from tierd.node.answers import answers, iso_time
 from tierd.node.caller import keep_capabilities
+from tierd.node.cold_bytes import ColdBytes
+from tierd.node.cold_source import ColdSource
 from tierd.node.heir import Heir, inherit, intents_of
 from tierd.node.hot import HotFiles
 from tierd.node.index import Index
@@ -37,7 +40,7 @@ from tierd.node.packets import ADMIN_LISTENER, LEDGER, METRICS_LISTENER, SOURCE_
 from tierd.node.process import calm_garbage_collector, passthrough_ability, raise_priority, tune_mount
 from tierd.node.recorder import ModelDirs, Recorder
 from tierd.node.seam import Inheritance, Seam
-from tierd.node.sources import PosixSource, Root
+from tierd.node.sources import Root
 from tierd.node.tier_setup import TierParts
 from tierd.runtime import MountRecord, keeper_path, write_record
 
@@ -103,7 +106,7 @@ class Daemon:
         self.settings = self._given.model_copy(update=paths)
         self.state_dir = paths["state_dir"]
         self._cache_dir = Path(told["cache_dir"]) if told["cache_dir"] is not None else None
-        self.source = PosixSource(self.settings.source, Root(held[SOURCE_ROOT], *told["root"]))
+        self.source = ColdSource(self.settings.source, Root(held[SOURCE_ROOT], *told["root"]))
         family = socket.AF_INET6 if self._given.metrics.startswith("[") else socket.AF_INET
         self._listener = self._keeping.listener(METRICS_LISTENER, family)
         self._admin = self._keeping.listener(ADMIN_LISTENER, socket.AF_UNIX)
@@ -128,7 +131,8 @@ class Daemon:
             half_life_s=settings.heat_half_life,
         )
         stack.callback(self.index.close)
-        is_model_dir = ModelDirs(self.source.root_fd)
+        self.cold = _cold_bytes(settings, stack)
+        is_model_dir = ModelDirs(self.source)
         self.tier = self._build_tier(is_model_dir)
         self.journal = Journal(settings.journal_capacity)
         self.recorder = Recorder(
@@ -145,7 +149,7 @@ class Daemon:
         if self._cache_dir is None:
             return None
         tier_metrics = TierMetrics(self.metrics.registry)
-        return TierParts(self._cache_dir, self.settings, self.source, self.index, tier_metrics, is_model_dir)
+        return TierParts(self._cache_dir, self.settings, self.source, self.index, tier_metrics, is_model_dir, self.cold)
 
     async def _serve(self) -> None:
         """Everything between mount and unmount."""
@@ -212,6 +216,7 @@ class Daemon:
             ledger=self.ledger,
             once=Once(self.ledger, self.source.key, intents_of(self._estate) if self._estate else {}),
             holder=self._keeping,
+            cold=self.cold,
         )
         operations = fuse.FuseOperations(
             self.overlay,
@@ -433,6 +438,10 @@ class Daemon:
                 "resent": self.seam.resent,
                 "short_lookups": self.hot.lookups,
                 "short_opens": self.hot.opens,
+                "cold_opens": self.overlay.cold_opens,
+                "cold_loads": self.overlay.loads_recognised,
+                "cold_bytes": self.cold.fetched_bytes if self.cold is not None else 0,
+                "recalls": self.cold.recalls if self.cold is not None else 0,
                 "notices_dropped": self.seam.notices_dropped,
             },
             "node_tier": self.tier.status() if self.tier else None,
@@ -444,6 +453,24 @@ class Daemon:
                 **fuse.versions(),
             },
         }
+
+
+def _cold_bytes(settings: MountSettings, stack: ExitStack) -> ColdBytes | None:
+    """Who has the bytes of cold files. Raises UsageError."""
+    if settings.objects is None:
+        return None
+    from tierd.objects.settings import ObjectsSettings, open_store
+
+    try:
+        described = ObjectsSettings.model_validate(settings.objects)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        reason = fault["msg"].removeprefix("Value error, ")
+        where = ".".join(str(part) for part in ("objects", *fault["loc"]))
+        raise UsageError(f"{where}: {reason}", hint="docs/OPERATIONS.md lists its settings") from None
+    store = open_store(described, os.environ)
+    stack.callback(store.close)
+    return ColdBytes(store, described.models_bucket)
 
 
 def root_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

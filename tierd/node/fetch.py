@@ -11,8 +11,10 @@ from typing import Final
 
 import xxhash
 
-from tierd.node.copies import CHUNK_BYTES
+from tierd.node.cold_bytes import ColdBytes
+from tierd.node.copies import CHUNK_BYTES, checksum
 from tierd.node.fill import Fill
+from tierd.stubs import Origin
 
 BLOCK_BYTES: Final = 1 << 20
 """One read of the source and one write of the draft: small enough for a processor's cache."""
@@ -33,6 +35,18 @@ def fetch_chunk(fill: Fill, chunk: int, buffer: memoryview, lock: threading.Cond
     finally:
         with lock:
             fill.take_back_fd(fd, chunk + 1)
+
+
+def fetch_cold_chunk(fill: Fill, chunk: int, origin: Origin, cold: ColdBytes) -> int:
+    """The same for a cold file, from its object. Raises OSError, ObjectError."""
+    draft = fill.draft
+    assert draft is not None
+    start = chunk * CHUNK_BYTES
+    content = memoryview(bytearray(min(CHUNK_BYTES, fill.identity.size - start)))
+    cold.fetch(origin, start, content)
+    draft.write(content, start)
+    draft.seal_chunk(chunk, checksum(content))
+    return len(content)
 
 
 def _copy(fill: Fill, fd: int, chunk: int, buffer: memoryview) -> int:

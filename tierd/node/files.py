@@ -12,18 +12,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from tierd.node.cold_source import ColdSource
 from tierd.node.handles import FileHandle
 from tierd.node.hot import Event, HotFiles, HotName
 from tierd.node.inodes import Node, pack
 from tierd.node.journal import Closed, Journal, Opened
-from tierd.node.ledger import HANDLE, HandleRecord, Ledger
+from tierd.node.ledger import COLD_PREFIX, HANDLE, HandleRecord, Ledger
 from tierd.node.once import Once
 from tierd.node.packets import FIRST_HANDLE
 from tierd.node.reach import Reach
 from tierd.node.read_path import Holder, NoHolder, ReadPath
 from tierd.node.sources import (
     Moved,
-    PosixSource,
     Version,
     flush,
     forced_version,
@@ -32,6 +32,7 @@ from tierd.node.sources import (
 )
 from tierd.node.store import Copy
 from tierd.node.tier import NodeTier
+from tierd.stubs import encode
 
 
 class Files(Reach):
@@ -44,7 +45,7 @@ class Files(Reach):
 
     def __init__(
         self,
-        source: PosixSource,
+        source: ColdSource,
         journal: Journal,
         reads: ReadPath,
         *,
@@ -97,6 +98,8 @@ class Files(Reach):
     def _note(self, handle: FileHandle) -> None:
         """What a successor must know of a handle."""
         copy = os.fsencode(handle.copy.name) if handle.copy is not None else b""
+        if handle.origin is not None:
+            copy = COLD_PREFIX + encode({handle.node.id: handle.origin})
         record = HandleRecord(
             handle.fh, handle.node.id, False, handle.writable, handle.dirty, handle.backed, copy, handle.model
         )
@@ -277,6 +280,7 @@ class Files(Reach):
             self._reads.unback(handle.node.id)
         if not handle.writable:
             whence = "node_tier" if handle.copy is not None else "fill" if handle.fill is not None else "source"
+            whence = "objects" if whence == "source" and handle.origin is not None else whence
             self._read_ended(whence, handle.backed, handle.target.bytes_read)
         self._record_close(handle)
         self._leave_tier(handle)
@@ -304,9 +308,11 @@ class Files(Reach):
         """A copy that was removed meanwhile is deleted by its last close, which takes time."""
         self._holder.drop(handle.fh)
         fd = handle.target.fd if handle.fd < 0 else handle.fd
-        if fd >= 0 and (handle.copy is None or handle.copy.removed):
+        if fd < 0:
+            return
+        if handle.copy is None or handle.copy.removed:
             await self._run_data(os.close, fd)
-        elif fd >= 0:
+        else:
             os.close(fd)
 
 

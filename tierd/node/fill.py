@@ -19,7 +19,7 @@ from tierd.node.copies import CHUNK_BYTES, Draft, Identity, chunk_count
 from tierd.node.reads import ReadTarget
 from tierd.node.wanted import Priority
 
-_STREAMS_PER_FILE: Final = 2
+STREAMS_PER_FILE: Final = 2
 _RUN_CHUNKS: Final = 16
 _NEARLY_THERE_CHUNKS: Final = 2
 """A stream that is so close to a chunk will be there before another could."""
@@ -64,6 +64,7 @@ class Fill:
         source_fd: int,
         priority: Priority,
         change: threading.Condition,
+        streams: int = STREAMS_PER_FILE,
     ) -> None:
         self.identity = identity
         self.path = path
@@ -77,6 +78,7 @@ class Fill:
         self.chunks = bytearray(chunk_count(identity.size))
         self.missing = len(self.chunks)
         self._change = change
+        self._streams = streams
         self.starting = False
         self.in_work = 0
         self.demanded: deque[int] = deque()
@@ -108,6 +110,10 @@ class Fill:
             if self.draft is not None:
                 target.fd = self.draft.fd
             self._change.notify_all()
+
+    def attached(self) -> int:
+        """How many handles are served from here. With the lock held."""
+        return len(self._targets)
 
     def detach(self, target: ReadTarget) -> None:
         """The handle was released. Blocking: it may close files of the source."""
@@ -154,13 +160,13 @@ class Fill:
         """The next chunk of the run that a stream is in."""
         after = chunk + 1
         inside = after < len(self.chunks) and (after % _RUN_CHUNKS or self.in_work == 0)
-        if self.in_work >= _STREAMS_PER_FILE:  # others came between this worker's two chunks
+        if self.in_work >= self._streams:  # others came between this worker's two chunks
             return None
         return self._take(after) if inside and self.chunks[after] == _MISSING else None
 
     def take_run(self) -> int | None:
         """The first chunk of a run that no stream is in, from the one that readers are at on."""
-        if self.in_work >= _STREAMS_PER_FILE:
+        if self.in_work >= self._streams:
             return None
         first = self._front // _RUN_CHUNKS
         runs = -(-len(self.chunks) // _RUN_CHUNKS)
@@ -180,7 +186,7 @@ class Fill:
             if position == chunk:
                 del self._idle[place]
                 return fd
-        if len(self._idle) >= _STREAMS_PER_FILE:
+        if len(self._idle) >= self._streams:
             return self._idle.pop(0)[0]
         return None
 

@@ -26,10 +26,11 @@ from typing import Final, NamedTuple
 import structlog
 
 from tierd.bandwidth import Bandwidth
+from tierd.errors import TierdError
 from tierd.node.chores import join_all
 from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity
 from tierd.node.fetch import BLOCK_BYTES, Changed, fetch_chunk
-from tierd.node.fill import Fill, Outcome, close_all
+from tierd.node.fill import STREAMS_PER_FILE, Fill, Outcome, close_all
 from tierd.node.store import Store
 from tierd.node.wanted import Priority, Wanted, WantedFiles
 from tierd.units import display
@@ -52,6 +53,9 @@ class _Job(NamedTuple):
     chunk: int | None
 
 
+Fetch = Callable[[Fill, int, memoryview, threading.Condition], int]
+
+
 class Refused(Exception):
     """The node tier does not want the file; `str()` says why."""
 
@@ -65,6 +69,7 @@ class Filler:
 
     `open_source(path)` opens a source file; `identify(fd)` is its version past every cache. `reserve(fill)` finds room
     for a fill or raises Refused. `finished(fill, copy, reason)` is called from a worker after each fill.
+    `fetch` copies a chunk into a draft (`fetch.py`), and `streams_of` says how many may do so in one file at once.
     `bandwidth` limits bytes per second read for others than waiting readers, 0 means no limit; `await_turn` is for who
     reads the source beside fills.
     """
@@ -77,10 +82,14 @@ class Filler:
         identify: Callable[[int], Identity],
         reserve: Callable[[Fill], Draft],
         finished: Callable[[Fill, Copy | None, str], None],
+        fetch: Fetch = fetch_chunk,
+        streams_of: Callable[[Identity], int] = lambda identity: STREAMS_PER_FILE,
         bandwidth: int = 0,
         workers: int = WORKERS,
     ) -> None:
         self._store = store
+        self._fetch = fetch
+        self._streams_of = streams_of
         self._open_source = open_source
         self._identify = identify
         self._reserve = reserve
@@ -137,7 +146,7 @@ class Filler:
             except OSError as error:
                 log.warning("fill_not_begun", path=display(path), reason=error.strerror)
                 return None
-            fill = Fill(identity, path, model, own_fd, Priority.READER, self._change)
+            fill = Fill(identity, path, model, own_fd, Priority.READER, self._change, self._streams_of(identity))
             self._active[identity.inode] = fill
             self._change.notify_all()
             return fill
@@ -160,6 +169,12 @@ class Filler:
         for fill in unread:
             self._end(fill, Outcome.DROPPED, "its model was evicted")
             self._close_unused(fill)
+
+    def unread(self, fill: Fill) -> None:
+        """Whoever a fill was begun for is gone."""
+        with self._change:
+            if not fill.attached():
+                fill.priority = max(fill.priority, Priority.ASKED)
 
     @property
     def dropped(self) -> int:
@@ -219,6 +234,8 @@ class Filler:
             self._end(fill, Outcome.REFUSED, str(refusal))
         except Changed as change:
             self._end(fill, Outcome.CHANGED, str(change))
+        except TierdError as error:
+            self._end(fill, Outcome.FAILED, str(error))
         except OSError as error:
             outcome = Outcome.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Outcome.FAILED
             self._end(fill, outcome, str(error.strerror))
@@ -308,7 +325,8 @@ class Filler:
             if useless or identity.inode in self._active or self._cooling.get(identity.inode, 0.0) > time.monotonic():
                 os.close(fd)
                 return
-            fill = Fill(identity, wanted.path, wanted.model, fd, wanted.priority, self._change)
+            streams = self._streams_of(identity)
+            fill = Fill(identity, wanted.path, wanted.model, fd, wanted.priority, self._change, streams)
             self._active[identity.inode] = fill
 
     def _start(self, fill: Fill) -> None:
@@ -333,7 +351,7 @@ class Filler:
             raise Changed("it changed before the fill began")
 
     def _fill_chunk(self, fill: Fill, chunk: int, buffer: memoryview) -> None:
-        size = fetch_chunk(fill, chunk, buffer, self._change)
+        size = self._fetch(fill, chunk, buffer, self._change)
         with self._change:
             self.source_bytes += size
             freed = fill.landed(chunk)

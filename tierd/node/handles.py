@@ -23,6 +23,7 @@ from tierd.node.inodes import InodeTable, Node
 from tierd.node.reads import ReadTarget
 from tierd.node.sources import Moved, PosixSource, Ref
 from tierd.node.store import Copy
+from tierd.stubs import Origin
 
 
 class Handle:
@@ -47,11 +48,14 @@ class FileHandle(Handle):
     """One open file. `recorded_path` is what its open was recorded under, and its close must be; None if it was not.
 
     `dirty`: something was written through it; `backed`: the kernel reads by itself (passthrough).
-    `model` is what it holds a lease on. One that reads the node tier's `copy` has no descriptor of the source (`fd` is
-    -1) and remembers its `attributes`; one with a `fill` is served as that lands.
+    `model` is what it holds a lease on. One that reads the node tier's `copy`, or the object of a cold file (`origin`),
+    has no descriptor of the source (`fd` is -1) and remembers its `attributes`; one with a `fill` is served as that
+    lands.
     """
 
-    __slots__ = ("attributes", "backed", "copy", "dirty", "fill", "model", "recorded_path", "target", "writable")
+    __slots__ = (
+        "attributes", "backed", "copy", "dirty", "fill", "model", "origin", "recorded_path", "target", "writable",
+    )  # fmt: skip
 
     def __init__(self, fh: int, node: Node, fd: int, writable: bool) -> None:
         super().__init__(fh, node, fd)
@@ -63,6 +67,7 @@ class FileHandle(Handle):
         self.model: bytes | None = None
         self.copy: Copy | None = None
         self.fill: Fill | None = None
+        self.origin: Origin | None = None
         self.attributes: os.stat_result | None = None
 
 

@@ -21,13 +21,14 @@ from tierd.node.estate import Estate
 from tierd.node.handles import DirHandle, FileHandle
 from tierd.node.hot import HotFiles
 from tierd.node.inodes import Node
-from tierd.node.ledger import HandleRecord
+from tierd.node.ledger import COLD_PREFIX, HandleRecord
 from tierd.node.once import Intent
 from tierd.node.overlay import Overlay
 from tierd.node.packets import FIRST_HANDLE
 from tierd.node.reach import YOUNG_SECONDS
 from tierd.node.reads import ReadTarget
 from tierd.node.store import Copy
+from tierd.stubs import decode
 
 _GENERATION_BITS = 32
 """How many nodes, and how many handles, a daemon may make."""
@@ -95,8 +96,20 @@ def _inherit_handle(heir: Heir, record: HandleRecord, node: Node, estate: Estate
         listing.told = estate.listed.get(record.fh, {})
         heir.overlay.listings[record.fh] = listing
         return
+    if record.copy.startswith(COLD_PREFIX):
+        _inherit_cold(heir, record, node)
+        return
     copy = heir.copies.get(os.fsdecode(record.copy)) if record.copy else None
     handle = FileHandle(record.fh, node, -1 if record.copy else fd, record.writable)
     handle.target = ReadTarget(fd, local=bool(record.copy))
     handle.copy, handle.backed, handle.dirty = copy, record.backed, record.dirty
+    heir.overlay.inherit_handle(handle, record.model)
+
+
+def _inherit_cold(heir: Heir, record: HandleRecord, node: Node) -> None:
+    """Who reads a cold file goes on from its object; which process that is, is not known any longer."""
+    handle = FileHandle(record.fh, node, -1, False)
+    (origin,) = decode(record.copy.removeprefix(COLD_PREFIX)).values()
+    handle.origin = origin
+    handle.target = heir.overlay.cold_target(record.fh, origin, 0)
     heir.overlay.inherit_handle(handle, record.model)

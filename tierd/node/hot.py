@@ -115,6 +115,8 @@ class HotFiles:
         self._events: deque[Event] = deque()
         self._next_fh = FIRST_FH
         self._pods: dict[int, tuple[float, str | None]] = {}
+        self.long_way: set[int] = set()
+        """Threads whose next open the event loop waits for. It alone changes this."""
         self.opens = 0
         self.lookups = 0
 
@@ -214,7 +216,7 @@ class HotFiles:
     def open(self, node_id: int, uid: int, pid: int, claim: Callable[[], bool]) -> tuple[int, int] | None:
         """A handle and the backing ID for an OPEN that reads, None for the long way."""
         hot = self._files.get(node_id)
-        if hot is None or hot.copy.removed:
+        if hot is None or hot.copy.removed or pid in self.long_way:
             return None
         name = hot.name
         try:

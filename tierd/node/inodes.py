@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -109,6 +109,8 @@ class InodeTable:
         self._by_key: dict[Key, Node] = {root_key: self.root}
         self._next_id = ROOT_ID + 1
         self._young: OrderedDict[Key, float] = OrderedDict()
+        self._retired: Counter[Key] = Counter()
+        """How many retired nodes of an inode the kernel still knows."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -176,7 +178,15 @@ class InodeTable:
         del self._by_id[node_id]
         if not node.retired:
             del self._by_key[node.key]
+        else:
+            self._retired[node.key] -= 1
+            if not self._retired[node.key]:
+                del self._retired[node.key]
         return node
+
+    def has_retired(self, key: Key) -> bool:
+        """The kernel still knows an inode, or some names of it, by a retired node."""
+        return self._retired[key] > 0
 
     def retire(self, node: Node, young_until: float) -> None:
         """The content that this node stands for is gone: the next lookup of its inode gets a new node.
@@ -184,6 +194,7 @@ class InodeTable:
         That one is `young` until the time given, so that content which changes all the time settles.
         """
         node.retired = True
+        self._retired[node.key] += 1
         self._note(node)
         del self._by_key[node.key]
         self._young[node.key] = young_until
@@ -275,6 +286,8 @@ class InodeTable:
             self._by_id[node.id] = node
         if lookups and not node.retired:
             self._by_key[node.key] = node
+        elif lookups:
+            self._retired[node.key] += 1
 
     def check(self) -> None:
         """Assert the invariants; for tests."""
@@ -285,3 +298,4 @@ class InodeTable:
             names = [(id(parent), name) for parent, name in node.names()]
             assert len(names) == len(set(names)), f"node {node_id} has a name twice"
         assert all(self._by_id.get(node.id) is node for node in self._by_key.values())
+        assert self._retired == Counter(node.key for node in self._by_id.values() if node.retired)

@@ -115,6 +115,8 @@ class HandleRecord(NamedTuple):
         return HandleRecord(fh, node_id, is_dir, writable, dirty, backed, copy, model if leased else None)
 
 
+COLD_PREFIX: Final = b"cold:"
+"""Before the origin of a cold file, where other handles have the name of their copy."""
 _HANDLE = struct.Struct("=QQBH")
 
 

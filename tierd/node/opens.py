@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 import trio
 
 from tierd.node.caller import pod_of
-from tierd.node.files import Files
+from tierd.node.cold_files import ColdFiles, origin_of
+from tierd.node.cold_source import Cold
 from tierd.node.fill import Fill
 from tierd.node.handles import FileHandle, close_soon
 from tierd.node.inodes import Node, pack, same_content, unpack
@@ -30,6 +31,7 @@ from tierd.node.sources import (
     version_of,
 )
 from tierd.node.store import Copy, Damaged, Identity
+from tierd.node.stub_layer import Stub
 from tierd.node.tier import NodeTier
 
 PASSTHROUGH_BYTES_MIN = 128 * 1024
@@ -44,7 +46,8 @@ class OpenedFile(NamedTuple):
 
 
 class _Reached(NamedTuple):
-    """What a worker thread found: the source file, and the node tier's part in it."""
+    """What a worker thread found: the source file, and the node tier's part in it; or, without a descriptor, a cold one
+    with its attributes."""
 
     fh: int
     fd: int
@@ -52,14 +55,15 @@ class _Reached(NamedTuple):
     pod: str | None
     model: bytes | None
     fill: Fill | None
+    stub: Stub | None = None
 
 
-class Opens(Files):
-    """See the module. Arguments are those of `Files`."""
+class Opens(ColdFiles):
+    """See the module. Arguments are those of `ColdFiles`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.second_tries = SecondTries()
+        self.second_tries = SecondTries(self._hot.long_way if self._hot is not None else set())
         self.retired = 0
         """Nodes retired because an open needed another content or another way of reading."""
 
@@ -205,7 +209,10 @@ class Opens(Files):
     # --- from the source ---
 
     async def _open_source(self, node: Node, flags: int, caller: Caller, kept: int | None) -> OpenedFile:
-        found = await self._reach_to_open(node, flags, caller, kept)
+        try:
+            found = await self._reach_to_open(node, flags, caller, kept)
+        except Cold as cold:
+            await self._brought(cold)
         self._withdraw(node)
         packed = pack(found.version)
         changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
@@ -220,7 +227,9 @@ class Opens(Files):
             await self._send_back(node, found, flags)
         if not node.dirty or flags & os.O_TRUNC:
             self.inodes.set_version(node, packed)
-        handle = self._source_handle_of(node, found, flags, caller.uid)
+        handle = self._source_handle_of(node, found, flags, caller)
+        if found.stub is not None:
+            return OpenedFile(handle.fh, not changed)
         if not self._join_fill(handle, found.fill):
             large = found.version.size >= PASSTHROUGH_BYTES_MIN
             if node.backed or (large and not node.retired and not self._is_young(node)):
@@ -264,7 +273,15 @@ class Opens(Files):
             return None
 
     def _open_blocking(self, ref: Ref, flags: int, pid: int, path: bytes | None, fh: int) -> _Reached:
-        fd, version = self.source.open(ref, flags)
+        try:
+            fd, version = self.source.open(ref, flags)
+        except Cold as cold:
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                raise
+            origin_of(cold.stub)
+            st = self.source.forced_stat(ref)
+            model = self._tier.model_of(path) if path is not None and self._tier is not None else None
+            return _Reached(fh, -1, version_of(st), pod_of(pid), model, None, cold.stub._replace(attributes=st))
         self._holder.hold(fh, fd)
         try:
             model, fill = (None, None)
@@ -294,8 +311,9 @@ class Opens(Files):
         try:
             await self._free_successor(node, flags)
         finally:
-            self._holder.drop(found.fh)
-            close_soon(found.fd)
+            if found.fd >= 0:
+                self._holder.drop(found.fh)
+                close_soon(found.fd)
         raise Moved
 
     async def _free_successor(self, node: Node, flags: int) -> None:
@@ -321,12 +339,16 @@ class Opens(Files):
             return
         self._pass_through(handle, handle.fd)
 
-    def _source_handle_of(self, node: Node, found: _Reached, flags: int, uid: int) -> FileHandle:
+    def _source_handle_of(self, node: Node, found: _Reached, flags: int, caller: Caller) -> FileHandle:
         access = flags & os.O_ACCMODE
         handle = FileHandle(found.fh, node, found.fd, access != os.O_RDONLY)
+        if found.stub is not None:
+            handle.origin, handle.attributes = found.stub.origin, found.stub.attributes
+            handle.target = self.cold_target(handle.fh, origin_of(found.stub), caller.pid)
+            self.cold_opens += 1
         self._register(handle, found.model)
         if access != os.O_WRONLY:
-            self._record_open(handle, uid, found.pod)
+            self._record_open(handle, caller.uid, found.pod)
         return handle
 
     # --- create ---
@@ -348,7 +370,7 @@ class Opens(Files):
                 raise Moved from None
         node = self._count(parent, name, st)
         self.inodes.set_version(node, pack(found.version))
-        handle = self._source_handle_of(node, found, flags, caller.uid)
+        handle = self._source_handle_of(node, found, flags, caller)
         self._note(handle)
         return OpenedFile(handle.fh, True), Entry(node.id, st)
 
@@ -385,9 +407,9 @@ def _reads_a_version(node: Node) -> bool:
 
 
 def reads_copy(node: Node) -> bool:
-    """Some reader of the node reads a copy, or one in the making."""
+    """Some reader of the node reads a copy, or one in the making, or an object."""
     held = (handle for handle in node.handles or () if isinstance(handle, FileHandle))
-    return any(handle.copy is not None or handle.fill is not None for handle in held)
+    return any(handle.copy is not None or handle.fill is not None or handle.origin is not None for handle in held)
 
 
 def _file_of(handle: object) -> str | None:

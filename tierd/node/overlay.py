@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from tierd.node.attributes import unlinked
+from tierd.node.cold_source import Cold
 from tierd.node.estate import Said
 from tierd.node.handles import DirHandle, FileHandle
 from tierd.node.inodes import Node
@@ -34,7 +35,7 @@ _LABELS = b"security."
 
 
 class Overlay(Opens):
-    """See the module. Arguments are those of `Files`."""
+    """See the module. Arguments are those of `ColdFiles`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -116,7 +117,10 @@ class Overlay(Opens):
         node = self.inodes.get(node_id)
         handle = self.files.get(fh) if fh is not None else None
         if handle is None or not handle.writable:
-            change = await self._on_node(node, self._setattr_blocking, changes, None, unique)
+            try:
+                change = await self._on_node(node, self._setattr_blocking, changes, None, unique)
+            except Cold as cold:
+                await self._brought(cold)
         else:
             with self._using(handle):
                 ref = Ref(handle.fd, None, node.key)
@@ -193,6 +197,8 @@ class Overlay(Opens):
         async with self.dirs.hold(parent) as dir_fd:
             change = await self._on_node(node, link, dir_fd)
         self._carry(node, change)
+        if node.retired:
+            await self._tell_successor(node, change)
         return self._seen(parent, name, change.after)
 
     async def unlink(self, parent_id: int, name: bytes, unique: int = 0) -> None:
@@ -219,6 +225,12 @@ class Overlay(Opens):
             self._withdraw(node)
             self.inodes.drop_name(node, parent, name)
             self._let_go(node)
+            await self._tell_of_links(node)
+
+    async def _tell_of_links(self, node: Node) -> None:
+        """The name that went may have been a retired node's in the kernel, which then counts links in that alone."""
+        if self.inodes.has_retired(node.key):
+            await self._run(self._reads.attributes_changed, node.id)
 
     def _let_go(self, node: Node) -> None:
         """Once an inode has no name and is held by no open file, the source gives its number to another file."""
@@ -264,6 +276,7 @@ class Overlay(Opens):
             self.inodes.add_name(other, old_parent, old)
         if other is not None:
             self._let_go(other)
+            await self._tell_of_links(other)
 
     # --- directories ---
 

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
 import trio
 
+from tierd.node.cold_source import ColdSource
 from tierd.node.handles import DirCache, Handle, close_soon
 from tierd.node.inodes import InodeTable, Node, pack
 from tierd.node.ledger import Ledger
 from tierd.node.once import Once
-from tierd.node.sources import Change, Moved, PosixSource, Ref, version_of
+from tierd.node.sources import Change, Moved, Ref, version_of
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -96,7 +97,7 @@ class Reach:
     """See the module. `patience_s` is how long calls wait for the source if something else is known."""
 
     def __init__(
-        self, source: PosixSource, patience_s: float = math.inf, ledger: Ledger | None = None, once: Once | None = None
+        self, source: ColdSource, patience_s: float = math.inf, ledger: Ledger | None = None, once: Once | None = None
     ) -> None:
         self.source = source
         self.patience = Patience(patience_s)

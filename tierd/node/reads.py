@@ -1,7 +1,7 @@
 """READ of files that the daemon serves: one read of a descriptor and one write to the device, in threads of its own.
 
-A READ of bytes that are still on their way into the node tier is parked, and no thread waits with it. Two groups of
-threads, because a source may stall, and this node's own disk does not.
+A READ of bytes that are still on their way into the node tier is parked, and no thread waits with it. A group of
+threads for each of the source and the object store, which may stall, and of this node's own disk, which does not.
 
 Contract: `serve` and `stop` are called from the trio thread while the kernel cannot send a READ for the handle (before
 the reply to OPEN, after RELEASE); everything else from any thread.
@@ -16,12 +16,19 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from tierd.errors import TierdError
 from tierd.node.messages import OUT_HEADER, READ_BYTES_MAX
 
 _SOURCE_THREADS = 16
 """A file that the source takes long to read holds one of them."""
 _LOCAL_THREADS = 8
 """For bytes of this node's own disk: they wait for no source."""
+
+
+_COLD_THREADS = 8
+"""For files that are not in the source: they wait for the object store."""
+
+Reader = Callable[[memoryview, int], int]
 
 
 class Gate(Protocol):
@@ -35,14 +42,16 @@ class ReadTarget:
     """A descriptor that READs of one handle are served from, and how many bytes were.
 
     `gate`: not all bytes are there yet. `local`: the descriptor is of this node's own disk, so its reads do not
-    queue behind those of a source that may stall.
+    queue behind those of a source that may stall. `reader`: who reads while there is no descriptor (`fd` is -1), into
+    a view from an offset; how much it read. Raises OSError, or an error with an `errno`.
     """
 
-    __slots__ = ("bytes_read", "fd", "gate", "local")
+    __slots__ = ("bytes_read", "fd", "gate", "local", "reader")
 
-    def __init__(self, fd: int, *, local: bool = False) -> None:
+    def __init__(self, fd: int, *, local: bool = False, reader: Reader | None = None) -> None:
         self.fd = fd
         self.local = local
+        self.reader = reader
         self.gate: Gate | None = None
         self.bytes_read = 0
 
@@ -64,6 +73,12 @@ class Reads:
         self._targets: dict[int, ReadTarget] = {}
         self._source: _Queue = queue.SimpleQueue()
         self._local: _Queue = queue.SimpleQueue()
+        self._cold: _Queue = queue.SimpleQueue()
+        self._groups = (
+            ("source", self._source, _SOURCE_THREADS),
+            ("local", self._local, _LOCAL_THREADS),
+            ("cold", self._cold, _COLD_THREADS),
+        )
         self._parked: dict[int, _Read] = {}
         self._counting = threading.Lock()
         self.count = 0
@@ -71,16 +86,15 @@ class Reads:
 
     def workers(self) -> dict[str, Callable[[], None]]:
         """The bodies of its threads, by name; they end by `close`."""
-        groups = (("source", self._source, _SOURCE_THREADS), ("local", self._local, _LOCAL_THREADS))
         return {
             f"seam-{name}-{number}": lambda requests=requests: self._serve(requests)  # type: ignore[misc]
-            for name, requests, count in groups
+            for name, requests, count in self._groups
             for number in range(count)
         }
 
     def close(self) -> None:
         """End the threads after what is queued."""
-        for requests, count in ((self._source, _SOURCE_THREADS), (self._local, _LOCAL_THREADS)):
+        for _, requests, count in self._groups:
             for _ in range(count):
                 requests.put(None)
 
@@ -94,7 +108,7 @@ class Reads:
 
     def queued(self) -> int:
         """READs that wait for a thread."""
-        return self._source.qsize() + self._local.qsize()
+        return sum(requests.qsize() for _, requests, _ in self._groups)
 
     def parked(self) -> int:
         """READs that wait for bytes on their way."""
@@ -121,7 +135,8 @@ class Reads:
         return self._parked.pop(unique, None) is not None
 
     def _queue(self, read: _Read) -> None:
-        (self._local if read.target.local else self._source).put(read)
+        target = read.target
+        (self._cold if target.fd < 0 else self._local if target.local else self._source).put(read)
 
     def _resume(self, unique: int) -> None:
         """The bytes are there; the READ may have been interrupted meanwhile."""
@@ -135,9 +150,10 @@ class Reads:
         while (request := requests.get()) is not None:
             unique, target, offset, size = request
             try:
-                have = _read_fully(target.fd, view[OUT_HEADER.size : OUT_HEADER.size + size], offset)
-            except OSError as error:
-                OUT_HEADER.pack_into(buffer, 0, OUT_HEADER.size, -(error.errno or errno.EIO), unique)
+                have = _read(target, view[OUT_HEADER.size : OUT_HEADER.size + size], offset)
+            except (OSError, TierdError) as error:
+                number = error.errno if isinstance(error, OSError) else errno.EIO
+                OUT_HEADER.pack_into(buffer, 0, OUT_HEADER.size, -(number or errno.EIO), unique)
                 self._answer([view[: OUT_HEADER.size]])
                 continue
             OUT_HEADER.pack_into(buffer, 0, OUT_HEADER.size + have, 0, unique)
@@ -147,6 +163,12 @@ class Reads:
 
 
 _Queue = queue.SimpleQueue[_Read | None]
+
+
+def _read(target: ReadTarget, view: memoryview, offset: int) -> int:
+    if target.fd < 0 and target.reader is not None:
+        return target.reader(view, offset)
+    return _read_fully(target.fd, view, offset)
 
 
 def _read_fully(fd: int, target: memoryview, offset: int) -> int:

@@ -20,6 +20,7 @@ import trio
 from tierd.metrics import Metrics
 from tierd.node.index import Batch, FileDelta, Index, ModelDelta, OpenRow
 from tierd.node.journal import Closed, Event, Journal, Opened
+from tierd.node.sources import PosixSource
 from tierd.policy import LoadGrouper
 from tierd.units import looks_like_model, model_of, split
 
@@ -35,8 +36,8 @@ _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class ModelDirs:
     """Remembers for a minute which directories hold weights, so that a batch lists each at most once. Any thread."""
 
-    def __init__(self, root_fd: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._root_fd = root_fd
+    def __init__(self, source: PosixSource, clock: Callable[[], float] = time.monotonic) -> None:
+        self._source = source
         self._clock = clock
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()
@@ -58,7 +59,7 @@ class ModelDirs:
     def _look(self, directory: bytes) -> bool:
         try:
             with contextlib.closing(self._open(directory)) as opened:
-                return looks_like_model(os.fsencode(name) for name in os.listdir(opened.fd))
+                return looks_like_model(self._source.list_names(opened.fd))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 log.warning("model_dir_unreadable", directory=os.fsdecode(directory), reason=error.strerror)
@@ -66,7 +67,7 @@ class ModelDirs:
 
     def _open(self, directory: bytes) -> _Descriptor:
         """One component at a time and never through a link, so that nothing outside of the source is looked at."""
-        found = _Descriptor(os.open(".", _DIR_FLAGS, dir_fd=self._root_fd))
+        found = _Descriptor(os.open(".", _DIR_FLAGS, dir_fd=self._source.root_fd))
         for name in split(directory):
             with contextlib.closing(found):
                 found = _Descriptor(os.open(name, _DIR_FLAGS, dir_fd=found.fd))

@@ -16,22 +16,29 @@ from tierd.node.handles import close_soon
 TRIES_MAX = 64
 TRY_SECONDS = 2.0
 """Far more than the kernel takes from the one request to the next. A file may be kept longer, until the next call."""
+KEPT_SECONDS = 0.5
+"""How old what was found may be when it is opened. An open that follows later is another one, of a thread that was not
+allowed to open what it found."""
 
 
 class _Try:
-    __slots__ = ("fd", "node_id", "until")
+    __slots__ = ("fd", "kept_until", "node_id", "until")
 
     def __init__(self) -> None:
         self.until = trio.current_time() + TRY_SECONDS
         self.node_id = 0
         self.fd = -1
+        self.kept_until = 0.0
 
 
 class SecondTries:
     """By thread ID, as requests carry it (0, a thread of a PID namespace that is not ours, has none)."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: set[int]) -> None:
+        """`threads` is kept to those that have a second try: their opens must come here, however hot the file. One that
+        did not would leave what was kept for it to a later open, which would see what is over."""
         self._tries: OrderedDict[int, _Try] = OrderedDict()
+        self._threads = threads
 
     def __len__(self) -> int:
         return len(self._tries)
@@ -42,6 +49,7 @@ class SecondTries:
             self._drop_while(lambda oldest: oldest.until <= trio.current_time() or len(self) >= TRIES_MAX)
             self._end(pid)
             self._tries[pid] = _Try()
+            self._threads.add(pid)
 
     def awaits(self, pid: int) -> bool:
         """A file that this thread looks up is to be kept."""
@@ -56,6 +64,7 @@ class SecondTries:
         if found.fd >= 0:
             close_soon(found.fd)
         found.node_id, found.fd = node_id, fd
+        found.kept_until = trio.current_time() + KEPT_SECONDS
 
     def take(self, pid: int, node_id: int) -> int | None:
         """The thread opens: the descriptor kept for that, now the caller's to close."""
@@ -63,10 +72,12 @@ class SecondTries:
             return None
         self._drop_while(lambda oldest: oldest.until <= trio.current_time())
         found = self._tries.get(pid)
-        if found is None or found.fd < 0 or found.node_id != node_id:
+        stale = found is not None and found.kept_until < trio.current_time()
+        if found is None or found.fd < 0 or found.node_id != node_id or stale:
             self._end(pid)
             return None
         del self._tries[pid]
+        self._threads.discard(pid)
         return found.fd
 
     def _drop_while(self, too_old: Callable[[_Try], bool]) -> None:
@@ -75,5 +86,6 @@ class SecondTries:
 
     def _end(self, pid: int) -> None:
         ended = self._tries.pop(pid, None)
+        self._threads.discard(pid)
         if ended is not None and ended.fd >= 0:
             close_soon(ended.fd)

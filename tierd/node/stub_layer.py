@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 import structlog
@@ -34,6 +34,7 @@ _NONE_MAX = 8192
 _KNOWN_ENTRIES_MAX = 200_000
 """Origins in memory; about 400 bytes each."""
 _MODE = 0o755
+_LOCK_TRIES = 32
 
 
 class Stub(NamedTuple):
@@ -198,13 +199,28 @@ def looking(st: os.stat_result, size: int) -> os.stat_result:
 
 @contextmanager
 def locked(path: str) -> Iterator[int]:
-    """A descriptor of a stub that nobody else on any node brings bytes to, flock(2). Waits for whoever does."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
-    finally:
-        os.close(fd)
+    """A descriptor of a stub that nobody else on any node brings bytes to, flock(2). Waits for whoever does.
+
+    JuiceFS 0.14 on an SQL database answers EIO if the number that the kernel made up for the owner of the lock, the
+    open file, is above 2**63, as half of them are. So other open files are tried, beside those that did not do.
+    """
+    with ExitStack() as opened:
+        yield _lock(path, opened)
+
+
+def _lock(path: str, opened: ExitStack) -> int:
+    left = _LOCK_TRIES
+    while True:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        opened.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            left -= 1
+            if error.errno != errno.EIO or not left:
+                raise
+        else:
+            return fd
 
 
 def warm(fd: int) -> None:

@@ -23,15 +23,20 @@ import structlog
 
 from tierd.node.catalog import SourceFile
 from tierd.node.chores import Chores
+from tierd.node.cold_bytes import ColdBytes
+from tierd.node.cold_source import ColdSource
 from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity, checksum
-from tierd.node.fill import Fill, Outcome
+from tierd.node.fetch import fetch_chunk, fetch_cold_chunk
+from tierd.node.fill import STREAMS_PER_FILE, Fill, Outcome
 from tierd.node.filler import WORKERS, Filler, Refused, Stopped
 from tierd.node.listings import Listings
-from tierd.node.sources import PosixSource, forced_version
+from tierd.node.sources import forced_version
 from tierd.node.store import Store
+from tierd.node.stub_layer import is_cold
 from tierd.node.usage import Usage
 from tierd.node.wanted import Priority, Wanted
 from tierd.policy import Resident, Space, Watermarks, admit, next_victim, refusal, surplus_bytes
+from tierd.stubs import Origin
 from tierd.units import display, holds_weights
 
 log = structlog.get_logger(__name__)
@@ -75,7 +80,7 @@ class NodeTier:
     def __init__(
         self,
         store: Store,
-        source: PosixSource,
+        source: ColdSource,
         usage: Usage,
         settings: TierSettings,
         metrics: TierMetrics,
@@ -84,6 +89,7 @@ class NodeTier:
         files_of: Callable[[bytes], Sequence[SourceFile]],
         read_ahead: Callable[[Copy], None],
         space_needed: Callable[[], None],
+        cold: ColdBytes | None = None,
     ) -> None:
         self.store = store
         self.source = source
@@ -92,7 +98,8 @@ class NodeTier:
         self.settings = settings
         self.source_deadline_s = settings.source_deadline_s
         self._metrics = metrics
-        self._model_of = model_of
+        self._cold = cold
+        self.model_of = model_of
         self.listings = Listings(files_of)
         self.read_ahead = read_ahead
         self._space_needed = space_needed
@@ -109,6 +116,8 @@ class NodeTier:
             identify=self._identify,
             reserve=self._reserve,
             finished=self._finished,
+            fetch=self._fetch,
+            streams_of=lambda identity: settings.workers if self._origin_of(identity) else STREAMS_PER_FILE,
             bandwidth=settings.bandwidth,
             workers=settings.workers,
         )
@@ -151,7 +160,7 @@ class NodeTier:
         """A file was opened that has no current copy: its model, and the fill to be served from if there is one."""
         if identity.size == 0:
             return None, None
-        model = self._model_of(path)
+        model = self.model_of(path)
         if model is None:
             return None, None
         copy = self.store.find(identity.inode)
@@ -168,6 +177,29 @@ class NodeTier:
         if fill is not None:
             self.chores.add(("siblings", model), lambda: self._want_siblings(model))
         return model, fill
+
+    def begin_cold(self, path: bytes, origin: Origin) -> Fill | None:
+        """Somebody loads a cold file: the fill to be served from, if it shall come to the node. Raises OSError."""
+        fd = self._open_source(path)
+        try:
+            identity = self._identify(fd)
+            if self._origin_of(identity) != origin:
+                return None
+            return self.begin(identity, path, fd)[1]
+        finally:
+            os.close(fd)
+
+    def _origin_of(self, identity: Identity) -> Origin | None:
+        """Whence the bytes of a cold file come."""
+        origin = self._cold.origin_of(identity.inode) if self._cold is not None else None
+        return origin if origin is not None and origin.size == identity.size else None
+
+    def _fetch(self, fill: Fill, chunk: int, buffer: memoryview, lock: threading.Condition) -> int:
+        """Copy a chunk into its draft, from the source or, as long as the file is cold, from its object."""
+        origin = self._origin_of(fill.identity)
+        if self._cold is None or origin is None or not is_cold(os.fstat(fill.source_fd)):
+            return fetch_chunk(fill, chunk, buffer, lock)
+        return fetch_cold_chunk(fill, chunk, origin, self._cold)
 
     def _is_wanted(self, model: bytes, path: bytes, size: int) -> bool:
         """Weights are, if there is room; a look at a `config.json` is no load, and it comes with the weights."""
@@ -297,13 +329,23 @@ class NodeTier:
 
     def _open_source(self, path: bytes) -> int:
         fd = self.source.open_path(path)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode) or (is_cold(st) and not self._knows(path, st.st_ino)):
             os.close(fd)
             raise OSError(errno.ENOENT, "no regular file")
         return fd
 
+    def _knows(self, path: bytes, inode: int) -> bool:
+        """Whence the bytes of a cold file come is known, and can be had."""
+        origin = self.source.origin_of(path, inode)
+        if self._cold is None or origin is None:
+            return False
+        self._cold.know(inode, origin)
+        return True
+
     def _identify(self, fd: int) -> Identity:
-        return Identity(os.fstat(fd).st_ino, *forced_version(fd))
+        cold = self._cold.identify(fd) if self._cold is not None else None
+        return cold or Identity(os.fstat(fd).st_ino, *forced_version(fd))
 
     def _finished(self, fill: Fill, copy: Copy | None, reason: str) -> None:
         assert fill.outcome is not None
@@ -365,7 +407,7 @@ class NodeTier:
 
     def _relabel(self, copy: Copy, path: bytes) -> None:
         """A model was renamed: file its copies under the new name, unless the old one still leads to the file."""
-        model = self._model_of(path)
+        model = self.model_of(path)
         if model is None or copy.removed or self._leads_to(copy.path, copy.identity.inode):
             return
         self.store.relabel(copy, copy.identity, path, model)

@@ -14,12 +14,13 @@ import trio
 from tierd.config import MountSettings
 from tierd.metrics import TierMetrics
 from tierd.node.catalog import files_of
+from tierd.node.cold_bytes import ColdBytes
+from tierd.node.cold_source import ColdSource
 from tierd.node.copies import Copy
 from tierd.node.evict import Evictor
 from tierd.node.index import Index
 from tierd.node.prefetch import Prefetcher
 from tierd.node.readahead import ReadAhead
-from tierd.node.sources import PosixSource
 from tierd.node.store import Store
 from tierd.node.tier import NodeTier, TierSettings
 from tierd.node.usage import Usage
@@ -35,10 +36,11 @@ class TierParts:
         self,
         directory: Path,
         settings: MountSettings,
-        source: PosixSource,
+        source: ColdSource,
         index: Index,
         metrics: TierMetrics,
         is_model_dir: Callable[[bytes], bool],
+        cold: ColdBytes | None = None,
     ) -> None:
         roots = settings.models_roots_bytes
 
@@ -69,9 +71,10 @@ class TierParts:
             ),
             metrics,
             model_of=model_of_path,
-            files_of=lambda model: files_of(settings.source, model, model_of_path),
+            files_of=lambda model: files_of(source, model, model_of_path),
             read_ahead=self.read_ahead,
             space_needed=self._space_needed,
+            cold=cold,
         )
         self.evictor = Evictor(self.tier)
         self.prefetcher = Prefetcher(self.tier)

@@ -1,0 +1,151 @@
+"""Open cold files: read from their objects, and brought to where they are needed.
+
+A reader is served ranges of the object as it asks. Once what it does looks like a load (`policy.LoadSigns`), the whole
+model comes to the node tier, and it is served from there as that lands. Whoever writes waits until the bytes are back
+in the source.
+
+Contract: as `reach.py`; `reader` of a target is called by the seam's threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import structlog
+import trio
+
+from tierd.errors import TierdError
+from tierd.node.cold_bytes import ColdBytes
+from tierd.node.cold_source import Cold
+from tierd.node.files import Files
+from tierd.node.reads import Reader, ReadTarget
+from tierd.node.sources import Moved
+from tierd.node.stub_layer import Stub
+from tierd.policy import LoadSigns
+from tierd.stubs import Origin
+from tierd.units import display, holds_weights
+
+log = structlog.get_logger(__name__)
+
+_RECALLS = 4
+"""Files that come back into the source at once."""
+
+
+class ColdFiles(Files):
+    """See the module. Arguments are those of `Files`, and `cold`: who has the bytes; None if nobody was named."""
+
+    def __init__(self, *args: Any, cold: ColdBytes | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cold = cold
+        self.recall_limit = trio.CapacityLimiter(_RECALLS)
+        self.cold_opens = 0
+        """Opens for reading of files whose bytes were in the object store."""
+        self.loads_recognised = 0
+
+    # --- reading ---
+
+    def cold_target(self, fh: int, origin: Origin, pid: int) -> ReadTarget:
+        """Serve a handle from the object."""
+        target = ReadTarget(-1)
+        signs = LoadSigns(origin.size, weights=holds_weights(origin.path), program=program_of(pid))
+        target.reader = self._reader(origin, signs, self._teller(fh))
+        return target
+
+    def _reader(self, origin: Origin, signs: LoadSigns, tell: Callable[[], None]) -> Reader:
+        cold = self.cold
+
+        def read(view: memoryview, offset: int) -> int:
+            if cold is None:
+                raise _nobody(origin)
+            have = cold.read(origin, view, offset)
+            if signs.read(have):
+                tell()
+            return have
+
+        return read
+
+    def _teller(self, fh: int) -> Callable[[], None]:
+        token = trio.lowlevel.current_trio_token()
+
+        def tell() -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(lambda: trio.lowlevel.spawn_system_task(self._load, fh))
+
+        return tell
+
+    async def _load(self, fh: int) -> None:
+        """Whoever has the handle open loads the model: bring it to the node. Never raises."""
+        handle, tier = self.files.get(fh), self._tier
+        if handle is None or handle.origin is None or tier is None:
+            return
+        self.loads_recognised += 1
+        try:
+            path = self.inodes.path(handle.node)
+            fill = await self._run_data(tier.begin_cold, path, handle.origin)
+        except (Moved, FileNotFoundError):  # it has no name any longer
+            return
+        except (OSError, TierdError) as error:
+            log.warning("cold_fill_not_begun", path=display(handle.origin.path), reason=str(error))
+            return
+        if fill is None:
+            return
+        if self.files.get(fh) is handle and handle.fill is None:
+            handle.fill = fill
+            handle.target.local = True
+            fill.attach(handle.target)
+        else:
+            tier.filler.unread(fill)
+
+    # --- writing ---
+
+    def _recall_blocking(self, cold: Cold) -> None:
+        """Bring the bytes of a file back into the source. Raises OSError."""
+        stub = cold.stub
+        if stub.origin is None:
+            raise OSError(errno.EIO, "nobody knows where its bytes are")
+        if self.cold is None:
+            raise _nobody(stub.origin)
+        try:
+            with self.source.path_of(cold.ref) as path:
+                self.cold.recall(path, stub.origin)
+        except TierdError as error:
+            log.error("recall_failed", path=display(stub.origin.path), reason=str(error), hint=error.hint)
+            raise OSError(errno.EIO, str(error)) from None
+
+    async def _brought(self, cold: Cold) -> NoReturn:
+        """Wait until the bytes are in the source, and have the kernel ask again. Raises Moved, OSError."""
+        ref = cold.ref._replace(fd=os.dup(cold.ref.fd))
+        try:
+            await self._run(self._recall_blocking, Cold(ref, cold.stub), limiter=self.recall_limit)
+        finally:
+            os.close(ref.fd)
+        raise Moved
+
+
+def _nobody(origin: Origin) -> OSError:
+    log.error(
+        "cold_file_unreadable",
+        path=display(origin.path),
+        reason="no object store is set",
+        hint="start the mount with --objects",
+    )
+    return OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def origin_of(stub: Stub) -> Origin:
+    """What a stub stands for. Raises OSError (EIO) if nobody knows."""
+    if stub.origin is None:
+        raise OSError(errno.EIO, "nobody knows where its bytes are")
+    return stub.origin
+
+
+def program_of(pid: int) -> str:
+    """The name of a process, proc(5); empty if it is not in sight."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    return ""
