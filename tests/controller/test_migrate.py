@@ -102,7 +102,11 @@ def test_a_newer_database_is_refused(database: str) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("fault", ["SELECT 1 / 0", "CREATE TABLE moves ()", "nonsense"])
+UNWRITABLE = f"ALTER TABLE tierd_migrations ADD CHECK (version <= {len(KNOWN)})"
+"""Lets a file pass, and fails its row in the ledger."""
+
+
+@pytest.mark.parametrize("fault", ["SELECT 1 / 0", "CREATE TABLE moves ()", "nonsense", UNWRITABLE])
 def test_a_migration_that_fails_leaves_nothing_of_itself(database: str, fault: str) -> None:
     bad = Migration(len(KNOWN) + 1, "bad", f"CREATE TABLE half (); {fault}; CREATE TABLE rest ()")
 
