@@ -47,6 +47,7 @@ def test_sessions_have_the_database_clock_in_utc_and_their_deadlines(database: s
     show = "SELECT current_setting('TimeZone') || ' ' || current_setting('statement_timeout')"
     assert run(ask(database, show, postgres_statement_timeout=7.5)) == "UTC 7500ms"
     assert run(ask(database, "SELECT current_setting('application_name')")) == "tierd"
+    assert run(ask(database, "SELECT current_setting('tcp_keepalives_idle')")) == "20", "hours by default"
 
 
 def test_a_password_from_a_file(postgres: PostgresServer, database: str, tmp_path: Path) -> None:

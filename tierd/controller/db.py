@@ -24,6 +24,8 @@ _ANSWER_GRACE_SECONDS = 5.0
 _CLOSE_SECONDS = 10.0
 _IDLE_IN_TRANSACTION = "60s"
 """A transaction that nobody goes on with holds its row locks no longer than this, if its process hangs."""
+_KEEPALIVE = {"tcp_keepalives_idle": "20", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "4"}
+"""The server ends a session, and with it its locks, a minute after the client's machine has gone; by default hours."""
 
 _AWAY = (
     OSError,  # TimeoutError and ssl.SSLError, too
@@ -189,6 +191,7 @@ def _options(settings: ControllerSettings, address: PostgresAddress) -> dict[str
             "timezone": "UTC",
             "statement_timeout": f"{settings.postgres_statement_timeout * 1000:.0f}",
             "idle_in_transaction_session_timeout": _IDLE_IN_TRANSACTION,
+            **_KEEPALIVE,
         },
     }
 
