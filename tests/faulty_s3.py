@@ -20,8 +20,13 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 KINDS = ("503", "reset", "lost", "short", "wrong", "stall")
-"""`reset` cuts the connection before the server hears of the request, `lost` after it answered."""
+"""`reset` cuts the connection before the server hears of the request, `lost` after it answered.
+
+Two more are for scripts: `whole` asks the server for the whole object instead of a range, and `error in 200` answers as
+S3 does when it finds out too late that it cannot.
+"""
 _OURS = frozenset({"connection", "transfer-encoding", "content-length", "date", "server", "keep-alive"})
+_NOT_FORWARDED = frozenset({"connection", "keep-alive"})
 _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
 _INTERNAL = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We are sorry</Message></Error>"
 
@@ -171,9 +176,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, body: bytes, fault: str | None) -> None:
         self.upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
-            if name.lower() not in ("connection", "keep-alive"):
+            if name.lower() not in _NOT_FORWARDED and not (fault == "whole" and name.lower() == "range"):
                 self.upstream.putheader(name, value)
-        self.upstream.endheaders(body)
+        self.upstream.endheaders()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer before it has read all
+            self.upstream.send(body)
         response = self.upstream.getresponse()
         content = response.read()
         headers = [(name, value) for name, value in response.getheaders() if name.lower() not in _OURS]

@@ -76,6 +76,20 @@ def test_chunks_that_were_right_are_not_fetched_again(tmp_path: Path) -> None:
         assert ranges == ["bytes=0-8388607", "bytes=4194304-8388607"], "the flipped bit of this seed is in the second"
 
 
+def test_a_server_that_knows_no_ranges_is_found_out(tmp_path: Path) -> None:
+    """And what it sends beyond the range is not taken for the next answer."""
+    with house(tmp_path, script=lambda request: "whole" if request.range else None) as at:
+        stored = at.put(KEY, random_file(tmp_path / "source", LARGE_BYTES).read_bytes())
+        for _ in range(3):
+            with pytest.raises(ObjectDamaged, match="a part of it was asked for, and all of 16777221 bytes came"):
+                at.far.get_range(BUCKET, KEY, stored, 0, memoryview(bytearray(1000)))
+            with pytest.raises(ObjectDamaged, match="a part of it was asked for"):
+                at.far.adopt(BUCKET, KEY)
+        at.proxy.script = lambda _: None
+        at.far.get_range(BUCKET, KEY, stored, 0, memoryview(bytearray(1000)))
+        assert at.far.repeated == 0
+
+
 def test_what_is_refused_is_not_asked_again(tmp_path: Path) -> None:
     with house(tmp_path) as at:
         wrong = s3_store(at.server.__class__(at.proxy.url, at.server.access_key, "not the secret"), PATIENT)
@@ -131,6 +145,23 @@ def test_an_answer_that_got_lost_at_the_end_is_no_second_upload(tmp_path: Path) 
         assert lost
         assert at.near.hash(BUCKET, KEY) == stored
         assert set(at.proxy.parts().values()) == {1}
+
+
+def test_an_older_object_is_not_taken_for_an_upload_that_vanished(tmp_path: Path) -> None:
+    """The upload is gone when it is to be put together, and an object is there: that of another upload."""
+    aborted: list[int] = []
+
+    def abort_before_the_end(request: Request) -> str | None:
+        if request.method == "POST" and "uploadId" in dict(request.query) and not aborted:
+            aborted.append(at.near.abort_abandoned(BUCKET, KEY, -1000))
+        return None
+
+    with house(tmp_path) as at:
+        at.far.put_file(BUCKET, KEY, random_file(tmp_path / "older", LARGE_BYTES), LARGE_BYTES)
+        at.proxy.script = abort_before_the_end
+        stored = at.far.put_file(BUCKET, KEY, random_file(tmp_path / "source", LARGE_BYTES), LARGE_BYTES)
+        assert aborted == [1]
+        assert at.near.hash(BUCKET, KEY) == stored
 
 
 def test_an_error_after_200_is_an_error(tmp_path: Path) -> None:

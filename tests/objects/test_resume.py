@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import s3
+from tests.faulty_s3 import Request
 from tests.objects.house import BUCKET, PATIENT, House, house, random_file
 from tests.objects.servers import MIB
 from tierd.objects.journal import Journal, Progress
@@ -181,17 +182,17 @@ def test_an_upload_that_the_server_forgot_is_begun_anew(tmp_path: Path, at: Hous
     assert set(at.proxy.parts()) == set(range(1, PARTS + 1))
 
 
-def test_an_upload_that_vanishes_meanwhile_is_begun_anew(tmp_path: Path, at: House) -> None:
+def test_an_upload_that_vanishes_meanwhile_is_begun_anew(tmp_path: Path) -> None:
     source, journal = random_file(tmp_path / "source", SIZE), tmp_path / "journal"
     aborted: list[int] = []
 
-    def abort_once(request: object) -> str | None:
-        if getattr(request, "part", None) == 3 and not aborted:
+    def abort_once(request: Request) -> str | None:
+        if request.part == 3 and not aborted:
             aborted.append(at.near.abort_abandoned(BUCKET, KEY, -1000))
         return None
 
-    at.proxy.script = abort_once
-    assert_stored(at, source, journal)
+    with house(tmp_path, script=abort_once) as at:
+        assert_stored(at, source, journal)
     assert aborted == [1]
 
 

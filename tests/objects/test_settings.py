@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from bench import s3
 from tierd.errors import UsageError
+from tierd.objects.endpoint import Endpoint, Keys
 from tierd.objects.settings import ACCESS_KEY, SECRET_KEY, SESSION_TOKEN, ObjectsSettings, open_store
 from tierd.objects.store import ObjectStoreUnavailable, Stored
 
@@ -127,6 +128,8 @@ def test_no_secret_is_ever_shown(tmp_path: Path) -> None:
     with pytest.raises(ObjectStoreUnavailable) as raised:
         store.stat("cold-models", "x")
     store.close()
+    keys = Keys("the-access-key", SECRET, SECRET)
+    shown += [repr(keys), str(keys), f"{Endpoint('http://h', keys)}"]
     shown += [str(raised.value), repr(raised.value), raised.value.hint, repr(pickle.dumps(settings))]
     assert SECRET not in "".join(shown)
     assert "the-access-key" not in "".join(shown)
