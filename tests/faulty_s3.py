@@ -22,8 +22,8 @@ from urllib.parse import parse_qsl, urlsplit
 KINDS = ("503", "reset", "lost", "short", "wrong", "stall")
 """`reset` cuts the connection before the server hears of the request, `lost` after it answered.
 
-Two more are for scripts: `whole` asks the server for the whole object instead of a range, and `error in 200` answers as
-S3 does when it finds out too late that it cannot.
+Two more are for scripts: `whole` answers with all of an object, as a server would that knows no ranges, and
+`error in 200` as S3 does when it finds out too late that it cannot.
 """
 _OURS = frozenset({"connection", "transfer-encoding", "content-length", "date", "server", "keep-alive"})
 _NOT_FORWARDED = frozenset({"connection", "keep-alive"})
@@ -56,6 +56,8 @@ class FaultyS3:
         self.upstream = urlsplit(upstream).netloc
         self.rate = rate
         self.script = script
+        self.whole = b""
+        """What the fault `whole` answers with."""
         self.seen: Counter[Request] = Counter()
         self.faults: Counter[str] = Counter()
         self.changed = threading.Condition()
@@ -166,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(503, [("Content-Type", "application/xml")], _SLOW_DOWN)
         elif fault == "error in 200":
             self._answer(200, [("Content-Type", "application/xml")], _INTERNAL)
+        elif fault == "whole":
+            self._answer(200, [], self.proxy.whole)
         elif fault == "reset":
             self._reset()
         else:
@@ -176,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, body: bytes, fault: str | None) -> None:
         self.upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
-            if name.lower() not in _NOT_FORWARDED and not (fault == "whole" and name.lower() == "range"):
+            if name.lower() not in _NOT_FORWARDED:
                 self.upstream.putheader(name, value)
         self.upstream.endheaders()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer before it has read all

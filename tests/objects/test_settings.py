@@ -135,6 +135,12 @@ def test_no_secret_is_ever_shown(tmp_path: Path) -> None:
     assert "the-access-key" not in "".join(shown)
 
 
+def test_every_setting_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "OPERATIONS.md").read_text()
+    section = text.partition("## The object store")[2].partition("\n## ")[0]
+    assert [name for name in ObjectsSettings.model_fields if f"`{name}`" not in section] == []
+
+
 # --- TLS ---
 
 
