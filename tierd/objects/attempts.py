@@ -58,5 +58,5 @@ class Attempts:
                     self.repeated += 1
                 self._stopping.wait(delay_s)
         except Stopping:
-            raise ObjectStoreUnavailable(place, "tierd stops using it", hint="") from None
+            raise ObjectStoreUnavailable(place, "tierd stops using it", hint="start it again") from None
         raise AssertionError("the schedule never ends")

@@ -277,7 +277,7 @@ class DirectoryStore:
         try:
             yield
         except Stopping:
-            raise ObjectStoreUnavailable(place, "tierd stops using it", hint="") from None
+            raise ObjectStoreUnavailable(place, "tierd stops using it", hint="start it again") from None
         except FileNotFoundError:
             raise ObjectMissing(place) from None
         except (NotADirectoryError, IsADirectoryError):

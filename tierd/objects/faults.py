@@ -62,7 +62,7 @@ class Fault(NamedTuple):
             return ObjectDamaged(place, reason)
         if self.kind is Kind.UPLOAD_GONE:
             return UploadGone(place, "has no such upload")
-        return ObjectStoreUnavailable(place, reason, **({"hint": self.hint} if self.hint else {}))
+        return ObjectStoreUnavailable(place, reason, hint=self.hint, refused=not self.again)
 
 
 def explain(error: BaseException) -> Fault:

@@ -87,10 +87,14 @@ class ObjectDamaged(ObjectError):
 
 
 class ObjectStoreUnavailable(ObjectError):
-    """The store did not do what it was asked, after as many tries as are worth it. The object may be all right."""
+    """The store did not do what it was asked, after as many tries as are worth it. The object may be all right.
 
-    def __init__(self, place: Place, reason: str, *, hint: str = "is the object store up, and reachable?") -> None:
-        super().__init__(place, f"cannot be had: {reason}", hint=hint)
+    `refused` if it said so that asking again would be no use: keys, settings, something that it cannot do.
+    """
+
+    def __init__(self, place: Place, reason: str, *, hint: str = "", refused: bool = False) -> None:
+        super().__init__(place, f"cannot be had: {reason}", hint=hint or "is the object store up, and reachable?")
+        self.refused = refused
 
 
 class SourceChanged(TierdError):

@@ -67,7 +67,7 @@ class Transport:
         try:
             return self._workers.submit(work, item)
         except RuntimeError:
-            raise ObjectStoreUnavailable(place, "tierd stops using it", hint="") from None
+            raise ObjectStoreUnavailable(place, "tierd stops using it", hint="start it again") from None
 
     def close(self) -> None:
         """Requests that run fail soon, others from now on at once."""

@@ -92,7 +92,6 @@ def _put(transport: Transport, place: Place, source: Source, journal: Journal) -
         try:
             return Upload(transport, place, source, journal).run()
         except UploadGone:  # somebody aborted it, or a life-cycle rule did
-            journal.forget()
             return Upload(transport, place, source.again(), journal).run()
     finally:
         journal.close()
@@ -158,7 +157,7 @@ class Upload:
             sums = self._source.sums()
             put_sums(self._transport, self._place, sums)
             self._finish(sums.stored)
-        except SourceChanged:
+        except (SourceChanged, UploadGone):  # nothing of it is of use any more
             self._abort(self._progress.upload_id)
             self._journal.forget()
             raise
@@ -225,18 +224,27 @@ class Upload:
             sha256 = hashlib.sha256(content).hexdigest()
             etag = self._sent_before(number, len(content), sha256)
             if etag is None:
-                etag = self._transport.call(self._place, lambda: self._request(number, content, sha256))
+                etag = self._sent(number, content, sha256)
                 self._journal.add(number, SentPart(etag, sha256))
             self._etags[number] = etag
         except BaseException:
             self._failed.set()
             raise
 
-    def _request(self, number: int, content: memoryview, sha256: str) -> str:
-        body = Body(content, sha256, self._transport.pace(len(content)))
-        return self._transport.wire.write_part(
-            self._place.bucket, self._place.key, self._progress.upload_id, number, body
-        )
+    def _sent(self, number: int, content: memoryview, sha256: str) -> str:
+        """The ETag of a part that is sent now. Raises UploadGone if the server has another and will not replace it."""
+        bucket, key, upload_id = self._place.bucket, self._place.key, self._progress.upload_id
+
+        def send() -> str:
+            body = Body(content, sha256, self._transport.pace(len(content)))
+            return self._transport.wire.write_part(bucket, key, upload_id, number, body)
+
+        try:
+            return self._transport.call(self._place, send)
+        except ObjectStoreUnavailable as error:
+            if error.refused and number in self._on_server:  # S3 replaces parts, rclone answers 501
+                raise UploadGone(self._place, f"cannot be gone on with: {error}") from None
+            raise
 
     def _sent_before(self, number: int, size: int, sha256: str) -> str | None:
         """The ETag of a part that need not be sent again; None when in doubt."""
