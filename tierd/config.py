@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from tierd.errors import UsageError
 from tierd.policy import Watermarks
+from tierd.redis_options import checked_url
 from tierd.units import split
 
 ENV_PREFIX = "TIERD_"
@@ -107,6 +117,11 @@ class MountSettings(BaseModel):
     stale_if_unreachable: bool = True
     handover: bool = True
     allow_other: bool | None = None
+    redis: SecretStr | None = None
+    redis_password_file: PathSetting | None = None
+    redis_ca: PathSetting | None = None
+    node_name: str | None = Field(None, min_length=1, max_length=255, pattern=r"^[^\s\x00-\x1f\x7f]+$")
+    publish_interval: Seconds = Field(10.0, ge=1, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
     log_file: PathSetting | None = None
@@ -139,6 +154,13 @@ class MountSettings(BaseModel):
     @classmethod
     def _is_address(cls, value: str) -> str:
         host_port(value)
+        return value
+
+    @field_validator("redis")
+    @classmethod
+    def _is_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            checked_url(value.get_secret_value())
         return value
 
     @property
@@ -184,6 +206,19 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = {}, config_file:
         return MountSettings.model_validate(values)
     except ValidationError as error:
         raise _explain(error, origin) from None
+
+
+def read_secret(path: Path) -> SecretStr:
+    """The first line of a file that holds one secret, as Kubernetes mounts them. Raises UsageError, without content."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", hint="check the setting that names it") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text", hint="check the setting that names it") from None
+    if not lines or not lines[0]:
+        raise UsageError(f"{path} holds no password in its first line", hint="write it there") from None
+    return SecretStr(lines[0])
 
 
 def _flag_name(key: str) -> str:
