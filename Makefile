@@ -9,7 +9,7 @@ ARGS ?=
 BENCH ?= model_load overlay handover
 PIP_TOOLS := pip-tools==7.6.2
 
-.PHONY: help setup demo test lint lock bench campaign clean
+.PHONY: help setup servers demo test lint lock bench campaign clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,10 +17,13 @@ help: ## List the targets
 setup: ## Make .venv from the lock files; installs missing system packages when root
 	@.ci/setup
 
+servers:
+	@.ci/setup tests
+
 demo: setup ## Mount tierd over a real JuiceFS, load a model twice, show what was seen (ARGS=--help)
 	@$(BIN)/python -m bench.demo $(ARGS)
 
-test: setup lint ## Lint, then every test (ARGS="-k name" picks some)
+test: servers lint ## Lint, then every test (ARGS="-k name" picks some)
 	@[ -c /dev/fuse ] || { echo "make test: /dev/fuse is missing; the tests mount real file systems." \
 		"Load the module (modprobe fuse), or start the container with --device /dev/fuse --cap-add SYS_ADMIN" >&2; exit 1; }
 	@$(BIN)/python -m pytest $(ARGS)
@@ -36,7 +39,7 @@ lock: ## Write the lock files anew from pyproject.toml (UPGRADE=1 takes newer ve
 bench: setup ## Measure model load time, the overlay beside its source, and kills and upgrades (root; BENCH=NAME, ARGS=--help)
 	@for name in $(BENCH); do $(BIN)/python -m bench.$$name $(ARGS); done
 
-campaign: setup ## What breaks such systems, many times over: minutes to an hour (ARGS="-k name" picks some)
+campaign: servers ## What breaks such systems, many times over: minutes to an hour (ARGS="-k name" picks some)
 	@$(BIN)/python -m pytest -m campaign $(ARGS)
 
 clean: ## Remove what was built here

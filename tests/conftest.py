@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from bench.juicefs import JuiceFS
 from tests.mounts import OverlayMount
+from tests.servers import PostgresServer, RedisServer
 
 settings.register_profile(
     "ci",
@@ -176,3 +177,25 @@ def other_node(juicefs_volume: JuiceFS, new_directory: DirectoryFactory) -> Iter
     options = [word for name in ("attr", "entry", "dir-entry") for word in (f"--{name}-cache", "0")]
     yield juicefs_volume.mount(where, extra=options).mountpoint
     juicefs_volume.umount(where)
+
+
+@pytest.fixture(scope="session")
+def postgres(new_directory: DirectoryFactory) -> Iterator[PostgresServer]:
+    """A PostgreSQL server; a test that stops it need not start it again for the next one (see `database`)."""
+    with PostgresServer(new_directory("postgres")) as server:
+        yield server
+
+
+@pytest.fixture
+def database(postgres: PostgresServer) -> Iterator[str]:
+    """The URL of a new, empty database in it."""
+    dsn = postgres.create_database()
+    yield dsn
+    postgres.drop_database(dsn)
+
+
+@pytest.fixture(scope="session")
+def redis_server(new_directory: DirectoryFactory) -> Iterator[RedisServer]:
+    """A Redis server; `start()` it first where another test may have stopped it, and expect what others left."""
+    with RedisServer(new_directory("redis")) as server:
+        yield server

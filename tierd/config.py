@@ -1,7 +1,8 @@
-"""Typed settings of `tierd mount`: flags over `TIERD_*` environment over a YAML file; unknown keys are refused.
+"""Typed settings: flags over the environment over a YAML file; unknown keys are refused. Holds those of `tierd mount`.
 
-Loading (this module's `load`) only merges and checks types. Whether paths exist, nest or clash is
-checked against the machine by `node/daemon.py`.
+Loading (`load`, and `load_as` for other models of settings) only merges and checks types. Whether paths exist, nest
+or clash is checked against the machine by who uses them (`node/daemon.py`). What a secret is (pydantic's SecretStr) is
+never repeated in an error.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -29,11 +31,36 @@ from tierd.policy import Watermarks
 from tierd.redis_options import checked_url
 from tierd.units import split
 
-ENV_PREFIX = "TIERD_"
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:\[\]\s]+)):(?P<port>[0-9]{1,5})", re.ASCII)
 _PORT_MAX = 65_535
-ENV_ELSEWHERE = frozenset({"TIERD_CONFIG"})
-"""Variables with our prefix that are not settings of a mount."""
+_Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What the settings of one model are called in the layers, and where people read about them."""
+
+    env_prefix: str
+    config_variable: str
+    """Has the prefix, and names the YAML file: no setting itself."""
+    help: str
+    """What lists and explains them."""
+    usage: str
+    arguments: frozenset[str] = frozenset()
+    """Settings that the command takes by position, not as options."""
+
+    def flag(self, key: str) -> str:
+        """How a setting is called on the command line."""
+        return key.upper() if key in self.arguments else "--" + key.replace("_", "-")
+
+
+MOUNT = Naming(
+    env_prefix="TIERD_",
+    config_variable="TIERD_CONFIG",
+    help="`tierd mount --help`",
+    usage="tierd mount SOURCE MOUNTPOINT",
+    arguments=frozenset({"source", "mountpoint"}),
+)
 
 
 def _as_list(value: Any) -> Any:
@@ -188,6 +215,17 @@ def host_port(address: str) -> tuple[str, int]:
 
 
 def load(flags: Mapping[str, Any], environ: Mapping[str, str] = {}, config_file: Path | None = None) -> MountSettings:
+    """The settings of a mount; see `load_as`."""
+    return load_as(MountSettings, MOUNT, flags, environ, config_file)
+
+
+def load_as(
+    model: type[_Settings],
+    naming: Naming,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str] = {},
+    config_file: Path | None = None,
+) -> _Settings:
     """Merge the three layers and check them.
 
     Raises UsageError that names the layer and the key at fault, and near names for a mistyped one.
@@ -196,16 +234,16 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = {}, config_file:
     values: dict[str, Any] = {}
     for layer, where in (
         (_from_yaml(config_file), lambda key: f"{config_file}: {key}"),
-        (_from_environ(environ), lambda key: ENV_PREFIX + key.upper()),
-        ({key: value for key, value in flags.items() if value is not None}, _flag_name),
+        (_from_environ(environ, naming), lambda key: naming.env_prefix + key.upper()),
+        ({key: value for key, value in flags.items() if value is not None}, naming.flag),
     ):
         for key, value in layer.items():
             values[key] = value
             origin[key] = where(key)
     try:
-        return MountSettings.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, origin) from None
+        raise _explain(error, origin, model, naming) from None
 
 
 def read_secret(path: Path) -> SecretStr:
@@ -221,15 +259,11 @@ def read_secret(path: Path) -> SecretStr:
     return SecretStr(lines[0])
 
 
-def _flag_name(key: str) -> str:
-    return key.upper() if key in ("source", "mountpoint") else "--" + key.replace("_", "-")
-
-
-def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+def _from_environ(environ: Mapping[str, str], naming: Naming) -> dict[str, Any]:
     return {
-        key[len(ENV_PREFIX) :].lower(): value
+        key[len(naming.env_prefix) :].lower(): value
         for key, value in environ.items()
-        if key.startswith(ENV_PREFIX) and key not in ENV_ELSEWHERE
+        if key.startswith(naming.env_prefix) and key != naming.config_variable
     }
 
 
@@ -241,8 +275,7 @@ def _from_yaml(path: Path | None) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot read configuration {path}: {error.strerror}", hint="check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path} is not valid YAML: {reason}", hint="mend the file") from None
+        raise UsageError(f"{path} is not valid YAML: {_yaml_fault(error)}", hint="mend the file") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -250,16 +283,32 @@ def _from_yaml(path: Path | None) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
-def _explain(error: ValidationError, origin: Mapping[str, str]) -> UsageError:
+def _yaml_fault(error: Exception) -> str:
+    """What is wrong and where, without what stands there: that may be a password."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start}"
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or "a character that YAML forbids"
+    return re.sub(r"(['\"]).{2,}\1", "a word", " ".join(str(problem).split())) + where
+
+
+def _is_secret(model: type[BaseModel], key: str) -> bool:
+    field = model.model_fields.get(key)
+    return field is not None and SecretStr in (field.annotation, *get_args(field.annotation))
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str], model: type[BaseModel], naming: Naming) -> UsageError:
     """One line for the first fault; the rest would only follow from it."""
     fault = error.errors(include_url=False)[0]
     key = str(fault["loc"][0]) if fault["loc"] else ""
-    where = origin.get(key, _flag_name(key))
+    where = origin.get(key, naming.flag(key))
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, MountSettings.model_fields, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "`tierd mount --help` lists all settings"
+        near = difflib.get_close_matches(key, model.model_fields, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"{naming.help} lists all settings"
         return UsageError(f"{where}: unknown setting", hint=hint)
     if fault["type"] == "missing":
-        return UsageError(f"{where} is missing", hint="tierd mount SOURCE MOUNTPOINT")
+        return UsageError(f"{where} is missing", hint=naming.usage)
     reason = fault["msg"].removeprefix("Value error, ")
-    return UsageError(f"{where}: {reason} (got {fault['input']!r})", hint="`tierd mount --help` explains it")
+    got = "" if _is_secret(model, key) else f" (got {fault['input']!r})"
+    return UsageError(f"{where}: {reason}{got}", hint=f"{naming.help} explains it")

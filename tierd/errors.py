@@ -32,3 +32,7 @@ class UsageError(TierdError):
 
 class DaemonError(TierdError):
     """The daemon that serves a mountpoint cannot be reached, or did not come up."""
+
+
+class DatabaseError(TierdError):
+    """The controller's database cannot be reached, or is not what this version works with."""

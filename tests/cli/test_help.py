@@ -13,6 +13,12 @@ from tierd.cli import app
 
 GROUP = typer.main.get_command(app)
 COMMANDS = dict(GROUP.commands)  # type: ignore[attr-defined]
+EVERY = COMMANDS | {
+    f"{group} {name}": command
+    for group, of in COMMANDS.items()
+    for name, command in getattr(of, "commands", {}).items()
+}
+"""Those of groups, such as `db migrate`, too."""
 
 
 def words_of(text: str) -> str:
@@ -20,19 +26,19 @@ def words_of(text: str) -> str:
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_help_mentions_every_option(name: str, house: House) -> None:
-    done = house.tierd(name, "-h")
+    done = house.tierd(*name.split(), "-h")
     assert (done.code, done.err) == (0, "")
     text = words_of(done.out)
-    for parameter in COMMANDS[name].params:
+    for parameter in EVERY[name].params:
         if getattr(parameter, "hidden", False):
             assert not any(option in text for option in parameter.opts)
             continue
         assert parameter.help, f"{parameter.name} is explained"
         shown = parameter.opts if parameter.param_type_name == "option" else [parameter.name]
         assert any(option in text or option.upper() in text for option in shown), parameter.name
-    assert COMMANDS[name].help.split("\n")[0].split("MOUNTPOINT")[0].strip()[:40] in text
+    assert EVERY[name].help.split("\n")[0].split("MOUNTPOINT")[0].strip()[:40] in text
     assert "python -m" not in text, "it is called tierd, however it was started"
 
 

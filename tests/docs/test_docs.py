@@ -78,6 +78,14 @@ def test_every_setting_is_documented() -> None:
     assert missing in ([], ["source", "mountpoint"])
 
 
+def test_every_setting_of_the_controller_is_documented() -> None:
+    from tierd.controller.settings import ControllerSettings
+
+    section = (REPOSITORY / "docs/OPERATIONS.md").read_text().partition("## Controller: the database")[2]
+    rows = [line.split("|")[1] for line in section.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    assert [name for name in ControllerSettings.model_fields if not any(f"`{name}`" in row for row in rows)] == []
+
+
 def test_every_metric_is_documented() -> None:
     from prometheus_client import CollectorRegistry
 
