@@ -39,6 +39,13 @@ _CONSUMER: Final = "controller"
 """One name for all: a controller that takes over finds at once what the one before it had read."""
 _APPLIED_SECONDS: Final = 7 * 86_400
 """How long an acknowledgement is kept; a node that has not read it by then sends again, and gets another."""
+_AWAY = (
+    RedisError,
+    OSError,
+    DatabaseError,
+    asyncpg.PostgresError,
+    asyncpg.InternalClientError,  # of a connection that was shut down in the middle of something
+)
 _CONTENT_ERRORS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 
 
@@ -99,7 +106,7 @@ class StatisticsFold:
     async def _try_fold(self) -> bool:
         try:
             more = await self.fold()
-        except (RedisError, OSError, DatabaseError, asyncpg.PostgresError) as error:
+        except _AWAY as error:
             self._metrics.failed()
             if not self._failing:
                 reason = " ".join(str(error).split()) or type(error).__name__
