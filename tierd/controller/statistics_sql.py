@@ -7,6 +7,9 @@ never block each other.
 
 from __future__ import annotations
 
+PLAN = "SET LOCAL plan_cache_mode = force_custom_plan"
+"""For as many rows as the arrays have: a plan made for any number of them takes minutes for ten thousand."""
+
 ADD_BOOTS = """
 INSERT INTO statistics_applied (node_id, boot, sequence)
 SELECT node_id, boot, 0 FROM unnest($1::text[], $2::uuid[]) AS given (node_id, boot)
@@ -71,26 +74,21 @@ SET boot = excluded.boot,
                      ELSE greatest(n.leases_at, excluded.leases_at) END,
     registered = true
 WHERE excluded.last_seen >= n.last_seen
+RETURNING node_id, (extract(epoch FROM now() - leases_at) * 1000000)::bigint
 """
 """Older news than what is there changes nothing. No report leaves `leases_at` as it is, so that it grows old; of a
-contested name it is 1970: too old for whoever asks. Who reports is not gone."""
+contested name it is 1970: too old for whoever asks. Who reports is not gone. Returns how old the latest report is."""
 
 FOLD_LEASES = """
-WITH accepted AS (
-    SELECT n.node_id
-    FROM unnest($1::text[], $2::bigint[]) AS given (node_id, leases_us)
-    JOIN nodes n ON n.node_id = given.node_id
-                AND n.leases_at = now() - given.leases_us * interval '1 microsecond'
-), held AS (
-    SELECT node_id, model_id FROM unnest($3::text[], $4::text[]) AS given (node_id, model_id)
-    JOIN accepted USING (node_id)
+WITH held AS (
+    SELECT node_id, model_id FROM unnest($2::text[], $3::text[]) AS given (node_id, model_id)
 ), ended AS (
-    DELETE FROM node_leases l USING accepted
-    WHERE l.node_id = accepted.node_id
+    DELETE FROM node_leases l
+    WHERE l.node_id = ANY ($1::text[])
       AND NOT EXISTS (SELECT FROM held WHERE held.node_id = l.node_id AND held.model_id = l.model_id)
 )
 INSERT INTO node_leases (node_id, model_id)
 SELECT node_id, model_id FROM held ORDER BY node_id, model_id
 ON CONFLICT DO NOTHING
 """
-"""Replaces the leases of the nodes whose reports FOLD_NODES took for the latest; writes only what changed."""
+"""Replaces the leases of the nodes $1; writes only what changed."""
