@@ -196,7 +196,9 @@ def mount(
             " [dim]Default: nobody is told[/]",
         ),
     ] = None,
-    redis_password_file: Annotated[str | None, typer.Option(help="File that holds its password.")] = None,
+    redis_password_file: Annotated[
+        str | None, typer.Option(help="File that holds its password. [dim]Default: none[/]")
+    ] = None,
     redis_ca: Annotated[
         str | None, typer.Option(help="Certificates to trust with rediss://. [dim]Default: the system's[/]")
     ] = None,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import MountFactory
 from tests.controller.house import migrated
-from tests.controller.test_statistics_fold import Controller, controller_of
+from tests.controller.reporting import Controller, controller_of
 from tests.mounts import OverlayMount, wait_until
 from tests.servers import RedisServer, run
 
