@@ -188,6 +188,26 @@ def mount(
     allow_other: Annotated[
         str | None, typer.Option(metavar="yes|no", help="Let other users in. [dim]Default: as root, yes[/]")
     ] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Tell the controller what is read by way of this Redis, such as redis://HOST:6379/1."
+            " [dim]Default: nobody is told[/]",
+        ),
+    ] = None,
+    redis_password_file: Annotated[
+        str | None, typer.Option(help="File that holds its password. [dim]Default: none[/]")
+    ] = None,
+    redis_ca: Annotated[
+        str | None, typer.Option(help="Certificates to trust with rediss://. [dim]Default: the system's[/]")
+    ] = None,
+    node_name: Annotated[
+        str | None, typer.Option(help="What the controller calls this mount. [dim]Default: the host name[/]")
+    ] = None,
+    publish_interval: Annotated[
+        float | None, typer.Option(help="Seconds from one report to the controller to the next. [dim]Default: 10[/]")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [dim]Default: info[/]")] = None,
     log_format: Annotated[str | None, typer.Option(help="auto, console or json. [dim]Default: auto[/]")] = None,
     log_file: Annotated[

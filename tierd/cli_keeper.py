@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import structlog
 import typer
@@ -53,15 +54,19 @@ def add_commands(app: typer.Typer, mount: Callable[..., None]) -> None:
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of a command's options that are settings and were set."""
+    """Those of a command's options that are settings and were set. Raises UsageError if a password is among them."""
+    if urlsplit(options.get("redis") or "").password is not None:
+        raise UsageError(
+            "--redis: everybody on this machine can read a password on a command line", hint="--redis-password-file"
+        )
     return {name: value for name, value in options.items() if name in MountSettings.model_fields and value is not None}
 
 
 def keep(settings: MountSettings, ready_fd: int | None, *, starts_daemons: bool = True) -> None:
     """This process becomes the keeper of a new mount, and does not return."""
-    import tierd.node.daemon  # noqa: F401 - what daemons import is imported before they are forked
     from tierd.node import launch
 
+    _import_daemon(settings)
     log.configure("error" if ready_fd is not None else settings.log_level, settings.log_format)
     if ready_fd is not None:
         os.set_inheritable(ready_fd, False)
@@ -74,23 +79,30 @@ def keep(settings: MountSettings, ready_fd: int | None, *, starts_daemons: bool 
     )
 
 
+def _import_daemon(settings: MountSettings) -> None:
+    """What daemons import takes a while: it is imported before they are forked."""
+    import tierd.node.daemon
+
+    if settings.redis is not None:
+        import tierd.node.publish_setup  # noqa: F401
+
+
 def _start_log(settings: MountSettings) -> None:
     log.configure(settings.log_level, settings.log_format, settings.log_file)
 
 
 def be_template(settings: MountSettings, fd: int) -> None:
     """This process forks daemons of a mount that is there, for its keeper."""
-    import tierd.node.daemon  # noqa: F401
     from tierd.node import template
 
+    _import_daemon(settings)
     _start_log(settings)
     sys.exit(template.serve(socket.socket(fileno=fd), lambda sock: daemon(settings, sock, None)))
 
 
 def attach(settings: MountSettings) -> None:
     """This process is a daemon of a mount that somebody else keeps. Raises DaemonError."""
-    import tierd.node.daemon  # noqa: F401 - takes a while, and the keeper should not wait for who has connected
-
+    _import_daemon(settings)  # before connecting: the keeper should not wait for who has connected
     sock = _connect(settings.mountpoint)
     _start_log(settings)
     sys.exit(daemon(settings, sock, None, attached=True))

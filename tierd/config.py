@@ -28,6 +28,7 @@ from pydantic import (
 
 from tierd.errors import UsageError
 from tierd.policy import Watermarks
+from tierd.redis_options import checked_url
 from tierd.units import split
 
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:\[\]\s]+)):(?P<port>[0-9]{1,5})", re.ASCII)
@@ -151,6 +152,11 @@ class MountSettings(BaseModel):
     objects: Annotated[dict[str, Any] | None, BeforeValidator(_object_store)] = None
     handover: bool = True
     allow_other: bool | None = None
+    redis: SecretStr | None = None
+    redis_password_file: PathSetting | None = None
+    redis_ca: PathSetting | None = None
+    node_name: str | None = Field(None, min_length=1, max_length=255, pattern=r"^[^\s\x00-\x1f\x7f]+$")
+    publish_interval: Seconds = Field(10.0, ge=1, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
     log_file: PathSetting | None = None
@@ -183,6 +189,13 @@ class MountSettings(BaseModel):
     @classmethod
     def _is_address(cls, value: str) -> str:
         host_port(value)
+        return value
+
+    @field_validator("redis")
+    @classmethod
+    def _is_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            checked_url(value.get_secret_value())
         return value
 
     @property

@@ -6,7 +6,7 @@ Reference: https://prometheus.io/docs/practices/naming/ (base units, `_total`, n
 from __future__ import annotations
 
 import errno as _errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
@@ -210,6 +210,71 @@ class TierMetrics:
             "evicted_bytes": self._evicted_bytes, "stale_serves": self._stale, "fills_refused": self._refused,
         }  # fmt: skip
         return {name: int(_sum(counter)) for name, counter in counters.items()}
+
+
+class PublishMetrics:
+    """What a node daemon counts of telling the controller."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        rounds = Counter("tierd_publish_rounds", "Rounds of telling the controller.", ["result"], registry=registry)
+        self._ok, self._failed = rounds.labels("ok"), rounds.labels("failed")
+        self._last_success = Gauge(
+            "tierd_publish_last_success_timestamp_seconds", "When a round succeeded last, 0 if none did.",
+            registry=registry,
+        )  # fmt: skip
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Export `value()` at each scrape."""
+        Gauge(f"tierd_{name}", text, registry=self.registry).set_function(value)
+
+    def failed(self) -> None:
+        """Redis or the index could not be used."""
+        self._failed.inc()
+
+    def succeeded(self, at_s: float) -> None:
+        """A round succeeded at `at_s` seconds since the epoch."""
+        self._ok.inc()
+        self._last_success.set(at_s)
+
+
+class FoldMetrics:
+    """What the controller counts of folding statistics into the database."""
+
+    RESULTS = ("applied", "duplicate", "gap", "report", "bad")
+    _FOLD_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0)
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._messages = Counter(
+            "tierd_statistics_messages", "Messages of nodes, by what became of them.", ["result"], registry=registry
+        )
+        for result in self.RESULTS:
+            self._messages.labels(result)
+        self._seconds = Histogram(
+            "tierd_statistics_fold_seconds", "Time that one fold takes, from the stream to the acknowledgement.",
+            buckets=self._FOLD_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self._failed = Counter(
+            "tierd_statistics_folds_failed", "Folds that failed, to be tried again.", registry=registry
+        )
+        self._waiting = Gauge("tierd_statistics_waiting", "Messages in the stream at the last fold.", registry=registry)
+        self._contested = Gauge(
+            "tierd_statistics_contested_nodes",
+            "Names that two daemons used at once in the last fold.",
+            registry=registry,
+        )
+
+    def folded(self, results: Mapping[str, int], *, seconds: float, waiting: int, contested: int) -> None:
+        """A fold was committed and acknowledged: how many messages had which of RESULTS."""
+        for result, count in results.items():
+            self._messages.labels(result).inc(count)
+        self._seconds.observe(seconds)
+        self._waiting.set(waiting)
+        self._contested.set(contested)
+
+    def failed(self) -> None:
+        """A fold failed."""
+        self._failed.inc()
 
 
 def _sum(counter: Counter) -> float:

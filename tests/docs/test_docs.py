@@ -89,13 +89,13 @@ def test_every_setting_of_the_controller_is_documented() -> None:
 def test_every_metric_is_documented() -> None:
     from prometheus_client import CollectorRegistry
 
-    from tierd.metrics import Metrics, TierMetrics
-    from tierd.node import tier_setup
+    from tierd.metrics import FoldMetrics, Metrics, PublishMetrics, TierMetrics
+    from tierd.node import publish_setup, tier_setup
 
     text = (REPOSITORY / "docs/OPERATIONS.md").read_text()
     registry = CollectorRegistry()
-    Metrics(registry), TierMetrics(registry)
+    Metrics(registry), TierMetrics(registry), PublishMetrics(registry), FoldMetrics(registry)
     names = {family.name for family in registry.collect() if family.name.startswith("tierd_")}
-    names |= {f"tierd_{name}" for name in tier_setup.GAUGES}
+    names |= {f"tierd_{name}" for name in (*tier_setup.GAUGES, *publish_setup.GAUGES)}
     assert names
     assert [name for name in sorted(names) if name not in text] == []

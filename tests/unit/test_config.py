@@ -269,7 +269,10 @@ def test_every_setting_has_its_option() -> None:
     assert mount_options().keys() == MountSettings.model_fields.keys() - PATHS.keys()
 
 
-TOLD_IN_WORDS = {"state_dir", "log_file", "allow_other", "cache_dir", "free_space_target"}
+TOLD_IN_WORDS = {
+    *("state_dir", "log_file", "allow_other", "cache_dir", "free_space_target"),
+    *("redis", "redis_password_file", "redis_ca", "node_name"),
+}
 SIZES = {"cache_size", "fill_bandwidth"}
 SWITCHES = {"yes": True, "no": False}
 """Their default is decided at run time, and None in the settings."""

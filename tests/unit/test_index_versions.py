@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from tierd.errors import UsageError
 from tierd.node import index as index_module
 from tierd.node.index import SCHEMA_VERSION, Batch, Index, ModelDelta, ModelRow
+from tierd.node.outbox import Outbox
 
 VERSION_1 = """
 -- The local index: history and bookkeeping of one node, rebuildable, never needed by a read.
@@ -48,6 +49,24 @@ CREATE TABLE IF NOT EXISTS opens (              -- the latest opens, one row eac
 
 CREATE INDEX IF NOT EXISTS opens_by_model ON opens (model, id);
 """
+
+VERSION_2 = VERSION_1.replace(
+    """    last_access    INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS files (""",
+    """    last_access    INTEGER NOT NULL,
+    heat           REAL NOT NULL DEFAULT 0,     -- loads, decayed to heat_at
+    heat_at        INTEGER NOT NULL DEFAULT 0   -- when a load last added to heat
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS pins (               -- models to keep on the node
+    model          BLOB PRIMARY KEY,
+    at             INTEGER NOT NULL             -- since when
+) WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS files (""",
+)
 
 MODEL = b"models/a"
 
@@ -97,6 +116,27 @@ def test_version_1_is_brought_up_to_date(path: Path, tmp_path: Path) -> None:
     assert shape(path)["version"] == [(SCHEMA_VERSION,)]
     with closing(Index(path)) as index:
         assert index.models()[0].opens == 8, "and the next start finds nothing to do"
+
+
+def test_version_2_gets_an_outbox(path: Path, tmp_path: Path) -> None:
+    assert "pins" in VERSION_2
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(VERSION_2)
+        db.execute("INSERT INTO models VALUES (?, 7, 3, 0, 700, 10, 90, 2.5, 80)", (MODEL,))
+        db.execute("INSERT INTO pins VALUES (?, 1)", (MODEL,))
+        db.execute("PRAGMA user_version = 2")
+        db.commit()
+    with capture_logs() as logs, closing(Index(path, unsent=True)) as index:
+        assert index.models() == [ModelRow(MODEL, 7, 3, 0, 700, 10, 90, heat=2.5, heat_at_ns=80)]
+        assert index.pins() == {MODEL}
+        outbox = Outbox(index)
+        outbox.begin()
+        assert outbox.unsent() == [MODEL]
+    assert logs == []
+    with closing(Index(tmp_path / "new.db")):
+        pass
+    assert shape(path) == shape(tmp_path / "new.db"), "as if it had been made new"
 
 
 @pytest.mark.parametrize("tables", [1, 2, 5])

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import trio
@@ -43,6 +43,9 @@ from tierd.node.seam import Inheritance, Seam
 from tierd.node.sources import Root
 from tierd.node.tier_setup import TierParts
 from tierd.runtime import MountRecord, keeper_path, write_record
+
+if TYPE_CHECKING:
+    from tierd.node.publish import Publisher
 
 log = structlog.get_logger(__name__)
 
@@ -129,11 +132,13 @@ class Daemon:
             history_rows=settings.history_rows,
             max_files=settings.max_files_known,
             half_life_s=settings.heat_half_life,
+            unsent=settings.redis is not None,
         )
         stack.callback(self.index.close)
         self.cold = _cold_bytes(settings, stack)
         is_model_dir = ModelDirs(self.source)
         self.tier = self._build_tier(is_model_dir)
+        self.publisher = self._build_publisher(is_model_dir)
         self.journal = Journal(settings.journal_capacity)
         self.recorder = Recorder(
             self.journal,
@@ -150,6 +155,13 @@ class Daemon:
             return None
         tier_metrics = TierMetrics(self.metrics.registry)
         return TierParts(self._cache_dir, self.settings, self.source, self.index, tier_metrics, is_model_dir, self.cold)
+
+    def _build_publisher(self, is_model_dir: ModelDirs) -> Publisher | None:
+        if self.settings.redis is None:
+            return None
+        from tierd.node.publish_setup import publisher_of
+
+        return publisher_of(self.settings, self.index, self.metrics.registry, lambda: self.overlay, is_model_dir)
 
     async def _serve(self) -> None:
         """Everything between mount and unmount."""
@@ -258,6 +270,8 @@ class Daemon:
             if self.tier is not None:
                 for name, task in self.tier.tasks().items():
                     nursery.start_soon(keep_running, name, task)
+            if self.publisher is not None:
+                nursery.start_soon(keep_running, "publish", self.publisher.run)
             self._start_admin(nursery)
             heed = (self._stop.set, self._leave, self._publish, self._go_on_alone)
             nursery.start_soon(keep_running, "keeper", self._keeping.run, *heed)
@@ -445,6 +459,7 @@ class Daemon:
                 "notices_dropped": self.seam.notices_dropped,
             },
             "node_tier": self.tier.status() if self.tier else None,
+            "publish": self.publisher.status() if self.publisher else {"enabled": False},
             "queues": {what: int(depth()) for what, depth in self._depths().items()},
             "versions": {
                 "tierd": __version__,

@@ -1,8 +1,8 @@
 """The local index: one SQLite file per state directory (schema: `schema.sql`).
 
-Contract: every method may be called from any thread. Writers (`apply`, `set_pin`, `close`) take turns by a lock;
-readers open connections of their own, which WAL mode lets run beside the writer. An older schema is brought up to
-date in one transaction. A damaged index is moved aside and started anew: it is history and wishes, and losing it
+Contract: every method may be called from any thread. Writers (`apply`, `set_pin`, `transaction`, `close`) take turns by
+a lock; readers open connections of their own, which WAL mode lets run beside the writer. An older schema is brought up
+to date in one transaction. A damaged index is moved aside and started anew: it is history and wishes, and losing it
 costs statistics and pins, never a byte.
 """
 
@@ -25,7 +25,7 @@ from tierd.policy import heat_now
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _SCHEMA = Path(__file__).with_name("schema.sql")
 _MIGRATIONS = {
     1: """
@@ -98,7 +98,8 @@ class ModelRow:
 class Index:
     """See the module. `history_rows` and `max_files` bound the tables `opens` and `files`.
 
-    `half_life_s` is the time in which heat halves.
+    `half_life_s` is the time in which heat halves. `unsent`: what is added to models is noted for the outbox, too
+    (`outbox.py`), in the same transaction.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Index:
         history_rows: int = 100_000,
         max_files: int = 1_000_000,
         half_life_s: float = 7 * 86400.0,
+        unsent: bool = False,
     ) -> None:
         if not half_life_s > 0:
             raise ValueError(f"half-life of {half_life_s} s: need more than 0")
@@ -115,6 +117,7 @@ class Index:
         self._history_rows = history_rows
         self._max_files = max_files
         self._half_life_s = half_life_s
+        self._unsent = unsent
         self._write_lock = threading.Lock()
         self._writer = _open_or_replace(path)
         self._writer.create_function("heat_now", 4, heat_now, deterministic=True)
@@ -127,6 +130,8 @@ class Index:
             with self._writer as db:
                 rows, pruned = self._add_files(db, batch)
                 self._add_models(db, batch)
+                if self._unsent:
+                    self._add_unsent(db, batch)
                 self._add_opens(db, batch)
             self._file_rows = rows
         return pruned
@@ -154,6 +159,14 @@ class Index:
                 (model, m.opens, m.loads, m.hits, m.bytes_read, m.last_access_ns, _first(m), self._half_life_s)
                 for model, m in batch.models.items()
             ),
+        )
+
+    def _add_unsent(self, db: sqlite3.Connection, batch: Batch) -> None:
+        db.executemany(
+            "INSERT INTO unsent (model, opens, loads, hits, bytes_read, last_access) VALUES (?1, ?2, ?3, ?4, ?5, ?6)"
+            " ON CONFLICT (model) DO UPDATE SET opens = opens + ?2, loads = loads + ?3, hits = hits + ?4,"
+            " bytes_read = bytes_read + ?5, last_access = max(last_access, ?6)",
+            ((model, m.opens, m.loads, m.hits, m.bytes_read, m.last_access_ns) for model, m in batch.models.items()),
         )
 
     def _add_files(self, db: sqlite3.Connection, batch: Batch) -> tuple[int, int]:
@@ -184,14 +197,31 @@ class Index:
                 done = db.execute("DELETE FROM pins WHERE model = ?", (model,))
             return done.rowcount > 0
 
+    @contextmanager
+    def transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """The writer's connection for one transaction, for tables that are not kept here. Raises sqlite3.Error.
+
+        `durable`: once it has ended it is on the disk, whatever becomes of the power; other transactions may be lost
+        with that, the latest ones first (https://sqlite.org/pragma.html#pragma_synchronous).
+        """
+        with self._write_lock:
+            if durable:
+                self._writer.execute("PRAGMA synchronous = FULL")
+            try:
+                with self._writer as db:
+                    yield db
+            finally:
+                if durable:
+                    self._writer.execute("PRAGMA synchronous = NORMAL")
+
     def pins(self) -> frozenset[bytes]:
         """The models that are pinned."""
-        with self._reader() as db:
+        with self.reader() as db:
             return frozenset(model for (model,) in db.execute("SELECT model FROM pins"))
 
     def models(self) -> list[ModelRow]:
         """All models ever opened here, the latest first."""
-        with self._reader() as db:
+        with self.reader() as db:
             rows = db.execute(
                 "SELECT model, opens, loads, hits, bytes_read, first_access, last_access, heat, heat_at"
                 " FROM models ORDER BY last_access DESC"
@@ -201,7 +231,7 @@ class Index:
     def opens(self, limit: int, model: bytes | None = None) -> list[OpenRow]:
         """The latest opens, newest first, of one model if given."""
         where, values = ("WHERE model = ?", [model]) if model is not None else ("", [])
-        with self._reader() as db:
+        with self.reader() as db:
             rows: Iterable[tuple[int, bytes, bytes | None, int, str | None]] = db.execute(
                 f"SELECT at, path, model, uid, pod FROM opens {where} ORDER BY id DESC LIMIT ?",
                 (*values, limit),
@@ -209,7 +239,8 @@ class Index:
             return [OpenRow(*row) for row in rows]
 
     @contextmanager
-    def _reader(self) -> Iterator[sqlite3.Connection]:
+    def reader(self) -> Iterator[sqlite3.Connection]:
+        """A connection that reads beside the writer. Raises sqlite3.Error."""
         with closing(
             sqlite3.connect(f"file:{quote(os.fsencode(self.path))}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
         ) as db:

@@ -39,3 +39,26 @@ CREATE TABLE IF NOT EXISTS opens (              -- the latest opens, one row eac
 );
 
 CREATE INDEX IF NOT EXISTS opens_by_model ON opens (model, id);
+
+-- What the controller has yet to be told, and by whom; see outbox.py. Empty where nothing is published.
+
+CREATE TABLE IF NOT EXISTS unsent (             -- sums since the latest batch, one row a model, in order of first access
+    id             INTEGER PRIMARY KEY,
+    model          BLOB NOT NULL UNIQUE,
+    opens          INTEGER NOT NULL,
+    loads          INTEGER NOT NULL,
+    hits           INTEGER NOT NULL,            -- below 0: takes back what an earlier batch said
+    bytes_read     INTEGER NOT NULL,
+    last_access    INTEGER NOT NULL
+);
+
+CREATE TABLE IF NOT EXISTS unacknowledged (     -- batches that are sent until the controller says that it has them
+    sequence       INTEGER PRIMARY KEY,
+    accesses       BLOB NOT NULL                -- as statistics.encode_accesses makes them
+);
+
+CREATE TABLE IF NOT EXISTS publisher (          -- one row
+    id             INTEGER PRIMARY KEY CHECK (id = 1),
+    boot           TEXT NOT NULL,               -- UUID of this index: a new one begins to count anew
+    sequence       INTEGER NOT NULL             -- of the latest batch
+);

@@ -1,0 +1,97 @@
+"""Puts publishing together for the daemon, if its settings name a Redis. Loads the client, which others need not."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Final, cast
+
+from prometheus_client import CollectorRegistry
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from tierd import __version__
+from tierd.config import MountSettings, read_secret
+from tierd.metrics import PublishMetrics
+from tierd.node.catalog import files_of
+from tierd.node.handles import FileHandle
+from tierd.node.index import Index
+from tierd.node.inodes import Node
+from tierd.node.listings import Listings
+from tierd.node.open_models import OpenModels
+from tierd.node.outbox import Outbox
+from tierd.node.overlay import Overlay
+from tierd.node.publish import Client, Exchange, Publisher
+from tierd.redis_options import address, redis_options
+from tierd.units import model_of
+
+_SIZE_AGE_SECONDS: Final = 300.0
+"""How old a model's size may be: the controller takes it for models only that it does not know."""
+
+GAUGES: Final[dict[str, tuple[str, Callable[[Publisher], float]]]] = {
+    "publish_backlog_batches": ("Batches that the controller has not acknowledged.", lambda p: p.exchange.backlog),
+    "publish_acknowledged_batches": ("Batches acknowledged since start.", lambda p: p.exchange.acknowledged),
+    "publish_resent_batches": ("Batches sent again since start.", lambda p: p.exchange.resent),
+    "publish_dropped_models": ("Models that no catalogue can name.", lambda p: p.exchange.outbox.dropped),
+}
+"""What is exported as `tierd_NAME` at each scrape."""
+
+
+def publisher_of(
+    settings: MountSettings,
+    index: Index,
+    registry: CollectorRegistry,
+    overlay: Callable[[], Overlay],
+    is_model_dir: Callable[[bytes], bool],
+) -> Publisher:
+    """The publisher of a daemon. Connects to nothing yet; `overlay` is asked once it runs."""
+    assert settings.redis is not None, "nobody is told"
+    url = settings.redis.get_secret_value()
+
+    def model_of_path(path: bytes) -> bytes | None:
+        return model_of(path, settings.models_roots_bytes, is_model_dir)
+
+    def files() -> Mapping[int, FileHandle]:
+        overlay().take_events()
+        return overlay().files
+
+    def path_of(node: Node) -> bytes:
+        return overlay().inodes.path(node)
+
+    metrics = PublishMetrics(registry)
+    publisher = Publisher(
+        Exchange(Outbox(index), lambda: _connect(settings, url), node_id(settings), version=__version__),
+        metrics,
+        address=address(url),
+        interval_s=settings.publish_interval,
+        open_models=OpenModels(files, path_of, model_of_path),
+        size_of=partial(_size_of, Listings(lambda model: files_of(settings.source, model, model_of_path))),
+    )
+    for name, (text, value) in GAUGES.items():
+        metrics.watch(name, text, partial(value, publisher))
+    return publisher
+
+
+def node_id(settings: MountSettings) -> str:
+    """What the controller calls the daemon of a mount."""
+    return settings.node_name or socket.gethostname()
+
+
+def _size_of(listings: Listings, model: bytes) -> int | None:
+    try:
+        return sum(file.identity.size for file in listings.recent(model, _SIZE_AGE_SECONDS))
+    except OSError:
+        return None  # the controller does without
+
+
+def _connect(settings: MountSettings, url: str) -> Client:
+    """A client that tries each thing once. The password is read each time: it may have been changed.
+
+    Raises UsageError if it cannot be read.
+    """
+    file = settings.redis_password_file
+    password = read_secret(file).get_secret_value() if file is not None else None
+    options = redis_options(url, password, settings.redis_ca)
+    return cast(Client, Redis(**options, retry=Retry(NoBackoff(), 0)))
