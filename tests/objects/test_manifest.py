@@ -76,7 +76,7 @@ def test_the_text_is_what_it_was_in_every_release() -> None:
     assert encode(manifest) == sealed(
         b'{"created_at":"2026-03-01T02:00:00.123456+00:00","directories":[],"files":[{"atime_ns":3,"gid":2,'
         b'"group":null,"mode":384,"mtime_ns":4,"path":"w\\udcff","sha256":"' + SHA.encode() + b'","size":5,'
-        b'"stand_in":null,"uid":1,"xattrs":[["user.x","eQ=="]]}],"format":1,"links":[],"model_id":"m","version":1}'
+        b'"stub":null,"uid":1,"xattrs":[["user.x","eQ=="]]}],"format":1,"links":[],"model_id":"m","version":1}'
     )
 
 
@@ -113,15 +113,15 @@ def manifests(draw: st.DrawFn) -> Manifest:
             directories.append(path)
         elif kind == "file":
             sha256 = draw(st.binary(min_size=32, max_size=32)).hex()
-            stand_in = draw(st.none() | st.just(100 + len(entries)))
-            entries[path] = FileEntry(path, draw(ATTRIBUTES), draw(st.integers(0, 1 << 62)), sha256, None, stand_in)
+            stub = draw(st.none() | st.just(100 + len(entries)))
+            entries[path] = FileEntry(path, draw(ATTRIBUTES), draw(st.integers(0, 1 << 62)), sha256, None, stub)
         elif kind == "link":
             target = draw(st.binary(min_size=1, max_size=50).filter(lambda target: 0 not in target))
             entries[path] = LinkEntry(path, draw(ATTRIBUTES), target)
         else:
             group = draw(st.sampled_from([1, 2]))
-            attributes, size, stand_in = groups[group]
-            entries[path] = FileEntry(path, attributes, size, SHA, group, stand_in)
+            attributes, size, stub = groups[group]
+            entries[path] = FileEntry(path, attributes, size, SHA, group, stub)
     at = draw(st.datetimes(timezones=st.just(UTC)))
     return manifest_of(draw(MODEL_IDS), draw(VERSIONS), at, entries.values())
 
@@ -215,8 +215,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("files", "gid", -1, "gid"),
     ("files", "atime_ns", 1 << 63, "atime_ns"),
     ("files", "mtime_ns", "0", "mtime_ns"),
-    ("files", "stand_in", 0, "stand_in"),
-    ("files", "stand_in", 8, "stands for different files"),
+    ("files", "stub", 0, "stub"),
+    ("files", "stub", 8, "stands for different files"),
     ("files", "group", 1, "names of different files"),
     ("files", "group", -1, "group"),
     ("files", "xattrs", [["user.b", ""], ["user.a", ""]], "xattrs"),

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import trio
 from prometheus_client import CollectorRegistry
-from pydantic import ValidationError
 
 from tierd import __version__
 from tierd.config import MountSettings
@@ -26,7 +25,7 @@ from tierd.metrics import Metrics, TierMetrics
 from tierd.node import admin, estate, fuse, preflight
 from tierd.node.answers import answers, iso_time
 from tierd.node.caller import keep_capabilities
-from tierd.node.cold_bytes import ColdBytes
+from tierd.node.cold_setup import open_cold_bytes
 from tierd.node.cold_source import ColdSource
 from tierd.node.heir import Heir, inherit, intents_of
 from tierd.node.hot import HotFiles
@@ -135,7 +134,7 @@ class Daemon:
             unsent=settings.redis is not None,
         )
         stack.callback(self.index.close)
-        self.cold = _cold_bytes(settings, stack)
+        self.cold = open_cold_bytes(settings.objects, stack)
         is_model_dir = ModelDirs(self.source)
         self.tier = self._build_tier(is_model_dir)
         self.publisher = self._build_publisher(is_model_dir)
@@ -468,24 +467,6 @@ class Daemon:
                 **fuse.versions(),
             },
         }
-
-
-def _cold_bytes(settings: MountSettings, stack: ExitStack) -> ColdBytes | None:
-    """Who has the bytes of cold files. Raises UsageError."""
-    if settings.objects is None:
-        return None
-    from tierd.objects.settings import ObjectsSettings, open_store
-
-    try:
-        described = ObjectsSettings.model_validate(settings.objects)
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        reason = fault["msg"].removeprefix("Value error, ")
-        where = ".".join(str(part) for part in ("objects", *fault["loc"]))
-        raise UsageError(f"{where}: {reason}", hint="docs/OPERATIONS.md lists its settings") from None
-    store = open_store(described, os.environ)
-    stack.callback(store.close)
-    return ColdBytes(store, described.models_bucket)
 
 
 def root_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -67,7 +67,7 @@ def publisher_of(
         address=address(url),
         interval_s=settings.publish_interval,
         open_models=OpenModels(files, path_of, model_of_path),
-        size_of=partial(_size_of, Listings(lambda model: files_of(settings.source, model, model_of_path))),
+        size_of=partial(_size_of, Listings(lambda model: files_of(overlay().source, model, model_of_path))),
     )
     for name, (text, value) in GAUGES.items():
         metrics.watch(name, text, partial(value, publisher))

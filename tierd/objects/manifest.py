@@ -58,8 +58,8 @@ class FileEntry:
     size: int
     sha256: str
     group: int | None = None
-    """Entries of one group are names of one inode: the same bytes and attributes, and one stand-in."""
-    stand_in: int | None = None
+    """Entries of one group are names of one inode: the same bytes and attributes, and one stub."""
+    stub: int | None = None
     """Inode number of the empty file that keeps its place in the source; None in the copy beside the objects."""
 
 
@@ -155,8 +155,8 @@ def _check_entry(entry: Entry) -> None:
         if len(entry.sha256) != 64 or set(entry.sha256) - set("0123456789abcdef"):
             raise ManifestDamaged(f"sha256 of {where}", "is not 64 digits of hex")
         _within(f"group of {where}", entry.group or 0, 0, SIZE_MAX)
-        if entry.stand_in is not None:
-            _within(f"stand_in of {where}", entry.stand_in, 1, INODE_MAX)
+        if entry.stub is not None:
+            _within(f"stub of {where}", entry.stub, 1, INODE_MAX)
 
 
 def _check_attributes(where: str, attributes: Attributes) -> None:
@@ -203,11 +203,9 @@ def _check_groups(files: Iterable[FileEntry]) -> None:
         leader = first.setdefault(entry.group, entry) if entry.group is not None else entry
         if _inode(leader) != _inode(entry):
             raise ManifestDamaged("group", f"{entry.group} has names of different files, such as {shown(entry.path)}")
-        if entry.stand_in is not None and owner.setdefault(entry.stand_in, leader) is not leader:
-            raise ManifestDamaged(
-                "stand_in", f"{entry.stand_in} stands for different files, such as {shown(entry.path)}"
-            )
+        if entry.stub is not None and owner.setdefault(entry.stub, leader) is not leader:
+            raise ManifestDamaged("stub", f"{entry.stub} stands for different files, such as {shown(entry.path)}")
 
 
 def _inode(entry: FileEntry) -> tuple[Attributes, int, str, int | None]:
-    return entry.attributes, entry.size, entry.sha256, entry.stand_in
+    return entry.attributes, entry.size, entry.sha256, entry.stub

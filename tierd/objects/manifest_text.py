@@ -58,7 +58,7 @@ def _written(entry: Entry) -> dict[str, Any]:
         "xattrs": [[_text(name), base64.b64encode(value).decode()] for name, value in attributes.xattrs],
     }
     if isinstance(entry, FileEntry):
-        content |= {"size": entry.size, "sha256": entry.sha256, "group": entry.group, "stand_in": entry.stand_in}
+        content |= {"size": entry.size, "sha256": entry.sha256, "group": entry.group, "stub": entry.stub}
     elif isinstance(entry, LinkEntry):
         content["target"] = _text(entry.target)
     return content
@@ -121,7 +121,7 @@ def _file(fields: _Fields) -> FileEntry:
         fields.integer("size"),
         fields.text("sha256"),
         fields.integer_or_none("group"),
-        fields.integer_or_none("stand_in"),
+        fields.integer_or_none("stub"),
     )
 
 
