@@ -36,31 +36,31 @@ def recorded(journal: Path) -> Progress:
     return found[1]
 
 
+def child_process(at: House, url: str, source: Path, journal: Path, bytes_per_s: int) -> subprocess.Popen[bytes]:
+    """A process that uploads the file, hashes the object, and says how much memory it took."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.objects.upload_child",
+        url,
+        KEY,
+        str(source),
+        str(journal),
+        str(bytes_per_s),
+    ]
+    keys = {"AWS_ACCESS_KEY_ID": at.server.access_key, "AWS_SECRET_ACCESS_KEY": at.server.secret_key}
+    path = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, env={**os.environ, **keys, **path}, stdout=subprocess.PIPE)
+
+
 def upload_until_killed(at: House, source: Path, journal: Path, parts: int) -> Progress:
     """A process of its own, killed once so many parts are on their way; what its journal says."""
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "tests.objects.upload_child",
-            at.proxy.url,
-            KEY,
-            str(source),
-            str(journal),
-            str(64 * MIB),
-        ],
-        env={
-            **os.environ,
-            "AWS_ACCESS_KEY_ID": at.server.access_key,
-            "AWS_SECRET_ACCESS_KEY": at.server.secret_key,
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
-    )
-    try:
-        assert at.proxy.await_parts(parts, WAIT_S)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        assert child.wait(WAIT_S) == -signal.SIGKILL
+    with child_process(at, at.proxy.url, source, journal, 64 * MIB) as child:
+        try:
+            assert at.proxy.await_parts(parts, WAIT_S)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            assert child.wait(WAIT_S) == -signal.SIGKILL
     return recorded(journal)
 
 
@@ -219,3 +219,16 @@ def test_only_what_was_abandoned_long_enough_ago_is_aborted(tmp_path: Path, at: 
     assert at.near.abort_abandoned(BUCKET, "other/", -1000) == 0
     assert_stored(at, source, journal)
     assert set(at.proxy.parts()) == {3, 4, 5, 6}
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, at: House) -> None:
+    """An upload slower than the disk, and a hash: parts in flight are held, and no more."""
+    peaks = []
+    for size in (4 * PATIENT.part_bytes, 16 * PATIENT.part_bytes):
+        source = tmp_path / "sparse"
+        with source.open("wb") as file:
+            file.truncate(size)
+        child = child_process(at, at.server.url, source, tmp_path / "journal", 48 * MIB)
+        peaks.append(int(child.communicate(timeout=WAIT_S)[0]))
+        assert child.returncode == 0
+    assert peaks[1] - peaks[0] < 2 * PATIENT.part_bytes, peaks
