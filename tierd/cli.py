@@ -216,7 +216,10 @@ def mount(
     ] = None,
     objects: Annotated[
         str | None,
-        typer.Option(metavar="URL|DIR", help="Where the bytes of cold files are: an S3 endpoint, or a directory."),
+        typer.Option(
+            metavar="URL|DIR",
+            help="Where the bytes of cold files are: an S3 endpoint, or a directory. [dim]Default: nowhere[/]",
+        ),
     ] = None,
     handover: Annotated[
         str | None,

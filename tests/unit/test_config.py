@@ -271,7 +271,7 @@ def test_every_setting_has_its_option() -> None:
 
 TOLD_IN_WORDS = {
     *("state_dir", "log_file", "allow_other", "cache_dir", "free_space_target"),
-    *("redis", "redis_password_file", "redis_ca", "node_name"),
+    *("redis", "redis_password_file", "redis_ca", "node_name", "objects"),
 }
 SIZES = {"cache_size", "fill_bandwidth"}
 SWITCHES = {"yes": True, "no": False}

@@ -264,6 +264,20 @@ async def test_a_writer_sent_back_from_a_node_of_long_ago_finds_its_successor_fr
         await node.overlay.release(opened.fh)
 
 
+async def test_a_reader_is_sent_back_once_only(node: Node1, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files that were evicted and filled again all the time, one open in 250,000 was answered ESTALE twice."""
+    data = await node.first_open()
+    node_id = await node.kernel.node(PATH)
+    monkeypatch.setattr(node.overlay, "_reads_otherwise", lambda *_: True)
+    with pytest.raises(OSError, match="Stale"):
+        await node.overlay.open(node_id, os.O_RDONLY, CALLER)
+    opened = await node.overlay.open(await node.kernel.node(PATH), os.O_RDONLY, CALLER)
+    assert os.pread(node.overlay.files[opened.fh].fd, len(data) + 1, 0) == data, (
+        "of the source, whatever the others read"
+    )
+    await node.overlay.release(opened.fh)
+
+
 async def test_a_short_open_while_an_open_for_writing_asks_the_source(
     node: Node1, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

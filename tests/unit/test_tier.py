@@ -12,6 +12,7 @@ from tests.unit.copies import MODEL, read_copy
 from tests.unit.tiered import Tiered
 from tierd.node import tier as tier_module
 from tierd.node.catalog import SourceFile, files_of
+from tierd.node.cold_source import ColdSource
 from tierd.node.store import Identity, Store
 from tierd.node.wanted import Priority
 
@@ -201,7 +202,9 @@ def test_a_source_below_a_link_has_its_models(tmp_path: Path) -> None:
     (tmp_path / "real/models/m").mkdir(parents=True)
     (tmp_path / "real/models/m/x.bin").write_bytes(b"abc")
     (tmp_path / "link").symlink_to("real")
-    found = files_of(tmp_path / "link", b"models/m", lambda _: b"models/m")
+    source = ColdSource(tmp_path / "link")
+    found = files_of(source, b"models/m", lambda _: b"models/m")
+    source.close()
     assert [file.path for file in found] == [b"models/m/x.bin"]
 
 

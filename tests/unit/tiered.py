@@ -83,7 +83,7 @@ class Tiered:
             TierSettings(**arguments),  # type: ignore[arg-type]
             self.counts,
             model_of=lambda path: model_of(path, ROOTS, lambda _: True),
-            files_of=lambda model: files_of(self.source, model, lambda path: model_of(path, ROOTS, lambda _: True)),
+            files_of=lambda model: files_of(self.posix, model, lambda path: model_of(path, ROOTS, lambda _: True)),
             read_ahead=self.opened.append,
             space_needed=self.space_needed.set,
         )

@@ -86,15 +86,15 @@ def _entries_in(
     """What lies in a directory, or those names of it, with attributes; paths relative to the source."""
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            wanted = sorted(source.list_names(fd)) if names is None else names
+            found = source.lstat_many(fd, wanted)
+        finally:
+            os.close(fd)
     except OSError as error:
         if error.errno in _NOT_THERE:
             return
         raise
-    try:
-        wanted = sorted(source.list_names(fd)) if names is None else names
-        found = source.lstat_many(fd, wanted)
-    finally:
-        os.close(fd)
     for name, st in zip(wanted, found, strict=True):
         if st is not None:
             yield os.path.relpath(os.path.join(directory, name), base), st

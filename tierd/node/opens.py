@@ -119,7 +119,7 @@ class Opens(ColdFiles):
                     await self._free_successor(node, flags)
                 raise Moved
             if self._tier is not None and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
-                opened = await self._open_copy(node, self._tier, caller)
+                opened = await self._open_copy(node, self._tier, caller, is_second=is_second)
             if opened is None:
                 opened = await self._open_source(node, flags, caller, kept)
         except Moved:
@@ -133,8 +133,9 @@ class Opens(ColdFiles):
 
     # --- from the node tier ---
 
-    async def _open_copy(self, node: Node, tier: NodeTier, caller: Caller) -> OpenedFile | None:
-        """Open the copy, if there is one and it is what the source holds now; None sends the open to the source."""
+    async def _open_copy(self, node: Node, tier: NodeTier, caller: Caller, *, is_second: bool) -> OpenedFile | None:
+        """Open the copy, if there is one and it is what the source holds now; None sends the open to the source, which
+        fits whatever way the node is open in: one that was sent back is not sent back again."""
         copy = tier.find(node.key)
         if copy is None or not self._may_read_copy(node):
             return None
@@ -146,7 +147,7 @@ class Opens(ColdFiles):
         if node.version not in (None, pack(version)):
             return None
         if self._reads_otherwise(node, copy):
-            if self._was_replaced(node):
+            if is_second or self._was_replaced(node):
                 return None
             self._retire(node, young_until=0.0)
             raise Moved
