@@ -147,6 +147,7 @@ def test_whoever_writes_has_the_bytes(anywhere: Cold, flags: int) -> None:
     expected = data + b"new" if flags & os.O_APPEND else b"new" + data[3:]
     assert anywhere.path("m/x.safetensors").read_bytes() == expected
     assert anywhere.counter("recalls") == 1
+    assert anywhere.beneath("m/x.safetensors").read_bytes() == expected, "it is where it was"
 
 
 def test_truncation_needs_no_bytes(anywhere: Cold) -> None:

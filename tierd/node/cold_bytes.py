@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 
 from tierd.node.copies import CHUNK_BYTES, Identity
-from tierd.node.sources import forced_stat, version_of
+from tierd.node.sources import version_of
 from tierd.node.stub_layer import is_cold, locked, warm
 from tierd.objects.keys import object_key
 from tierd.objects.store import FileRange, Into, ObjectStore, Stored
@@ -72,9 +72,8 @@ class ColdBytes:
         """What was said of an inode."""
         return self._origins.get(inode)
 
-    def identify(self, fd: int) -> Identity | None:
-        """The version of the cold file whose stub a descriptor is of; None if it is no stub, or no longer."""
-        st = forced_stat(fd)
+    def identify(self, st: os.stat_result) -> Identity | None:
+        """The version of the cold file whose stub has these attributes; None if it is no stub, or no longer."""
         origin = self.origin_of(st.st_ino) if is_cold(st) else None
         return Identity(st.st_ino, *version_of(st)._replace(size=origin.size)) if origin is not None else None
 

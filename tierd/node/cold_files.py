@@ -113,13 +113,17 @@ class ColdFiles(Files):
         try:
             with self.source.path_of(cold.ref) as path:
                 self.cold.recall(path, stub.origin)
+            self.source.settle(cold.ref)
         except TierdError as error:
             log.error("recall_failed", path=display(stub.origin.path), reason=str(error), hint=error.hint)
             raise OSError(errno.EIO, str(error)) from None
 
     async def _brought(self, cold: Cold) -> NoReturn:
         """Wait until the bytes are in the source, and have the kernel ask again. Raises Moved, OSError."""
-        ref = cold.ref._replace(fd=os.dup(cold.ref.fd))
+        try:
+            ref = cold.ref._replace(fd=os.dup(cold.ref.fd))
+        except OSError:  # the directory went in between, and its descriptor with it
+            raise Moved from None
         try:
             await self._run(self._recall_blocking, Cold(ref, cold.stub), limiter=self.recall_limit)
         finally:

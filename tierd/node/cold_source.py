@@ -153,9 +153,10 @@ class ColdSource(PosixSource):
             with self._beside(ref) as (layer, stub):
                 if stub.cold and not flags & os.O_TRUNC:
                     raise Cold(ref, stub) from None
-                if stub.cold:
-                    self._empty(ref)
-                return super().open(ref._replace(fd=layer.fd), flags)
+                if not stub.cold:
+                    return super().open(ref._replace(fd=layer.fd), flags)
+        self._empty(ref)
+        return self.open(ref, flags)
 
     def _empty(self, ref: Ref) -> None:
         """Make a cold file one of its own, without bytes."""
@@ -163,6 +164,14 @@ class ColdSource(PosixSource):
             if is_cold(os.fstat(fd)):
                 warm(fd)
                 os.utime(fd)
+        self.settle(ref)
+
+    def settle(self, ref: Ref) -> None:
+        """A stub that has its own bytes again goes back to where its file was: the same inode, by another way. If it
+        cannot, it does as well where it is."""
+        with suppress(OSError), self._beside(ref) as (layer, stub):
+            if not stub.cold and ref.name is not None:
+                renameat2(layer.fd, ref.name, ref.fd, ref.name, RENAME_NOREPLACE)
 
     def setattr(self, ref: Ref, changes: Changes, fd: int | None) -> Change:
         """As that of any source. Raises Cold if a cold file shall get another size than none."""

@@ -30,7 +30,7 @@ from tierd.node.fetch import fetch_chunk, fetch_cold_chunk
 from tierd.node.fill import STREAMS_PER_FILE, Fill, Outcome
 from tierd.node.filler import WORKERS, Filler, Refused, Stopped
 from tierd.node.listings import Listings
-from tierd.node.sources import forced_version
+from tierd.node.sources import forced_stat, version_of
 from tierd.node.store import Store
 from tierd.node.stub_layer import is_cold
 from tierd.node.usage import Usage
@@ -344,8 +344,9 @@ class NodeTier:
         return True
 
     def _identify(self, fd: int) -> Identity:
-        cold = self._cold.identify(fd) if self._cold is not None else None
-        return cold or Identity(os.fstat(fd).st_ino, *forced_version(fd))
+        st = forced_stat(fd)
+        cold = self._cold.identify(st) if self._cold is not None else None
+        return cold or Identity(st.st_ino, *version_of(st))
 
     def _finished(self, fill: Fill, copy: Copy | None, reason: str) -> None:
         assert fill.outcome is not None
