@@ -57,7 +57,7 @@ def test_what_is_read_arrives_while_it_is_open(
         assert len(file.read()) == 300_000
         lease = (f"node-{cache_size}", "models/llama")
         wait_until(lambda: lease in run(seen())[1], SECONDS, "the lease")
-        assert run(seen())[0] == [("models/llama", "hot", 300_000)]
+        wait_until(lambda: run(seen())[0] == [("models/llama", "hot", 300_000)], SECONDS, "the access")
     wait_until(lambda: not run(seen())[1], SECONDS, "its end")
     wait_until(lambda: published(mount)["backlog_batches"] == 0, SECONDS, "the acknowledgement")
     told = published(mount)

@@ -268,6 +268,13 @@ def test_a_report_that_lay_about_is_not_fresh(schema: str, url: str, client: Syn
             age = await controller.leases_age_s()
             assert age is not None
             assert age < SECONDS
+            (row,) = await controller.rows("SELECT now() - last_seen < '5s', version FROM nodes")
+            assert row == (True, "0.1.0"), "old news changes nothing else either"
+            client.delete(STREAM)
+            old(client, message(leases=("models/old",)), 50)
+            send(client, message(1, access("models/a")))  # newer news of the same node
+            await controller()
+            assert await controller.leases() == {("gpu-1", "models/new")}
 
     run(main())
 

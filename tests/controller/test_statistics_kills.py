@@ -246,6 +246,7 @@ def test_the_stream_is_evicted_or_cut(schema: str, url: str, client: SyncRedis, 
             node.resend()
             await controller()
             assert await controller.hits() == {"models/a": 1}
+            assert controller.count("bad") == 0, "what is gone was none of them"
 
     run(main())
 

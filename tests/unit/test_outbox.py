@@ -288,6 +288,12 @@ class World:
         self.done[name] += hits
         self.last[name] = self.now_ns
 
+    def tell(self, model: int, hits: int) -> None:
+        """Somebody reads, and it is sent at once."""
+        self.access(model, hits)
+        self.freeze()
+        self.send()
+
     def freeze(self) -> None:
         """Make a batch of one model, if there is room."""
         for model in self.outbox.unsent()[:1]:
@@ -338,7 +344,8 @@ class World:
 
 steps = st.lists(
     st.one_of(
-        st.tuples(st.just("access"), st.integers(0, 2), st.integers(-1, 1)),
+        st.tuples(st.just("access"), st.integers(0, 2), st.integers(-1, 3)),
+        st.tuples(st.just("tell"), st.integers(0, 2), st.integers(1, 3)),
         st.tuples(st.just("freeze")),
         st.tuples(st.just("send")),
         st.tuples(st.just("fold"), st.lists(st.integers(0, 40), max_size=8), st.booleans()),
@@ -350,7 +357,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps)
 def test_nothing_is_lost_and_nothing_counts_twice(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, steps: list[tuple[object, ...]]
