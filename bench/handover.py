@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 
 from bench import handover_load, mounts
@@ -35,7 +34,7 @@ from bench.handover_rig import (
 )
 from bench.juicefs import JuiceFS
 from bench.mounts import MountError, make_tree, tree_names
-from bench.report import Bar, Report, Section, Spread, number, percentile, progress
+from bench.report import Bar, Report, Section, Spread, number, percentile, progress, section_of
 
 KILLS_A_ROUND = 10
 SETTLED_S = 0.5
@@ -311,14 +310,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(name: str, bench: Bench) -> Section:
-    """One section; a failure becomes its `error`, so that the others still run."""
-    try:
-        section = MEASUREMENTS[name](bench)
-    except (OSError, RuntimeError, KeyError, ValueError, subprocess.SubprocessError, psutil.Error) as error:
-        section = Section(name, _how(MEASUREMENTS[name]), error=f"{type(error).__name__}: {error}")
-    if bench.scale != 1:
-        section.notes.append(f"with {bench.scale:g} x the number of files and kills; the bars are meant for 1")
-    return section
+    measurement = MEASUREMENTS[name]
+    return section_of(name, _how(measurement), lambda: measurement(bench), bench.scale, "files and kills")
 
 
 def _steps(names: Sequence[str], rounds: int) -> int:

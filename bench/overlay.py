@@ -20,13 +20,12 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 
 from bench import mounts
 from bench.juicefs import JuiceFS
 from bench.mounts import MIB, MountError, Tierd, drop_caches, make_tree, tree_names
-from bench.report import Bar, Figures, Report, Row, Section, Spread, alone, interleave, number, percentile
+from bench.report import Bar, Figures, Report, Row, Section, Spread, alone, interleave, number, percentile, section_of
 
 GB = 1e9
 MB = 1e6
@@ -362,14 +361,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(name: str, bench: Bench) -> Section:
-    """One section; a failure becomes its `error`, so that the others still run."""
-    try:
-        section = MEASUREMENTS[name](bench)
-    except (OSError, RuntimeError, KeyError, subprocess.SubprocessError, psutil.Error) as error:
-        section = Section(name, _how(MEASUREMENTS[name]), error=f"{type(error).__name__}: {error}")
-    if bench.scale != 1:
-        section.notes.append(f"with {bench.scale:g} x the number of files; the bars are meant for 1")
-    return section
+    measurement = MEASUREMENTS[name]
+    return section_of(name, _how(measurement), lambda: measurement(bench), bench.scale, "files")
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -240,6 +241,22 @@ def _machine() -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+FAILURES = (OSError, RuntimeError, KeyError, ValueError, subprocess.SubprocessError, psutil.Error)
+"""What a measurement may end with; any other error is a defect of the benchmark."""
+
+
+def section_of(name: str, how: str, measure: Callable[[], Section], scale: float, what: str) -> Section:
+    """What is measured; a failure becomes the section's `error`, so that the others still run. `scale` is by how much
+    the numbers of `what` were multiplied."""
+    try:
+        section = measure()
+    except FAILURES as error:
+        section = Section(name, how, error=f"{type(error).__name__}: {error}")
+    if scale != 1:
+        section.notes.append(f"with {scale:g} x the number of {what}; the bars are meant for 1")
+    return section
 
 
 @dataclass

@@ -88,38 +88,6 @@ class LoadGrouper:
             del self._runs[model]
 
 
-SCANNERS = frozenset(
-    {
-        "grep", "egrep", "fgrep", "zgrep", "rg", "ag", "ack", "ugrep", "file", "find", "du", "strings", "hexdump",
-        "xxd", "od", "head", "tail", "wc", "md5sum", "sha1sum", "sha256sum", "sha512sum", "b2sum", "xxhsum", "cksum",
-        "updatedb", "clamscan", "clamd", "rsync", "tar", "restic", "borg", "rclone", "juicefs", "ncdu",
-    }
-)  # fmt: skip
-"""Programs that read whatever there is, and load nothing."""
-LOAD_BYTES = 32 << 20
-_WEIGHTY_BYTES = 8 << 20
-
-
-class LoadSigns:
-    """Whether one open of a cold file looks like a load: weights, read by no scanner, and not just their header.
-
-    `program` is the name of the reading process, empty if it cannot be seen.
-    """
-
-    def __init__(self, size: int, *, weights: bool, program: str) -> None:
-        self._left = min(LOAD_BYTES, size)
-        self._possible = (weights or size >= _WEIGHTY_BYTES) and program not in SCANNERS
-        self._told = False
-
-    def read(self, size: int) -> bool:
-        """So many bytes more were read; True once, when it is a load."""
-        self._left -= size
-        if self._told or not self._possible or self._left > 0:
-            return False
-        self._told = True
-        return True
-
-
 def heat_now(heat: float, at_ns: int, now_ns: int, half_life_s: float) -> float:
     """What loads that weighed `heat` at `at_ns` weigh at `now_ns`: half for each `half_life_s` (above 0) between.
 

@@ -34,6 +34,7 @@ _AWAY = (
     asyncpg.InsufficientResourcesError,  # disk full, too many connections
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
+    asyncpg.InternalClientError,  # what a connection says that was shut down in the middle of something
 )
 """A database that is away, refuses or stalls; what else a statement raises is about the statement."""
 

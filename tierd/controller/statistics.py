@@ -45,7 +45,6 @@ _AWAY = (
     OSError,
     DatabaseError,
     asyncpg.PostgresError,
-    asyncpg.InternalClientError,  # of a connection that was shut down in the middle of something
 )
 _CONTENT_ERRORS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 

@@ -8,6 +8,7 @@ Contract: blocking; any thread.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -40,7 +41,7 @@ class _Chunk:
 
     def __init__(self) -> None:
         self.there = threading.Event()
-        self.data = b""
+        self.data = bytearray()
         self.error: BaseException | None = None
 
 
@@ -98,7 +99,7 @@ class ColdBytes:
             at += len(part)
         return max(0, end - offset)
 
-    def _chunk(self, origin: Origin, number: int) -> bytes:
+    def _chunk(self, origin: Origin, number: int) -> bytearray:
         """Whoever asks first fetches it, the others wait for him."""
         key = f"{origin.sha256}-{origin.size}", number
         with self._lock:
@@ -121,7 +122,7 @@ class ColdBytes:
         data = bytearray(min(CHUNK_BYTES, origin.size - start))
         try:
             self.fetch(origin, start, memoryview(data))
-            chunk.data = bytes(data)
+            chunk.data = data
         except BaseException as error:
             chunk.error = error
             with self._lock:
@@ -165,4 +166,6 @@ class ColdBytes:
         for offset in range(0, origin.size, _HASH_BYTES):
             digest.update(os.pread(fd, _HASH_BYTES, offset))
         if digest.hexdigest() != origin.sha256:
-            raise OSError(5, f"{display(origin.path)}: what came back from the source is not what was written to it")
+            raise OSError(
+                errno.EIO, f"{display(origin.path)}: what came back from the source is not what was written to it"
+            )

@@ -1,6 +1,6 @@
 """Open cold files: read from their objects, and brought to where they are needed.
 
-A reader is served ranges of the object as it asks. Once what it does looks like a load (`policy.LoadSigns`), the whole
+A reader is served ranges of the object as it asks. Once what it does looks like a load (`load_signs.py`), the whole
 model comes to the node tier, and it is served from there as that lands. Whoever writes waits until the bytes are back
 in the source.
 
@@ -20,13 +20,13 @@ import structlog
 import trio
 
 from tierd.errors import TierdError
+from tierd.load_signs import LoadSigns
 from tierd.node.cold_bytes import ColdBytes
 from tierd.node.cold_source import Cold
 from tierd.node.files import Files
 from tierd.node.reads import Reader, ReadTarget
 from tierd.node.sources import Moved
 from tierd.node.stub_layer import Stub
-from tierd.policy import LoadSigns
 from tierd.stubs import Origin
 from tierd.units import display, holds_weights
 
@@ -47,6 +47,16 @@ class ColdFiles(Files):
         """Opens for reading of files whose bytes were in the object store."""
         self.loads_recognised = 0
 
+    def who_has(self, stub: Stub) -> tuple[ColdBytes, Origin]:
+        """Who has the bytes of a stub, and which they are. Raises OSError (EIO) if that cannot be said."""
+        if stub.origin is None:
+            raise OSError(errno.EIO, "nobody knows where its bytes are")
+        if self.cold is None:
+            reason, hint = "no object store is set", "start the mount with --objects"
+            log.error("cold_file_unreadable", path=display(stub.origin.path), reason=reason, hint=hint)
+            raise OSError(errno.EIO, reason)
+        return self.cold, stub.origin
+
     # --- reading ---
 
     def cold_target(self, fh: int, origin: Origin, pid: int) -> ReadTarget:
@@ -60,8 +70,8 @@ class ColdFiles(Files):
         cold = self.cold
 
         def read(view: memoryview, offset: int) -> int:
-            if cold is None:
-                raise _nobody(origin)
+            if cold is None:  # the daemon before this one had an object store
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             have = cold.read(origin, view, offset)
             if signs.read(have):
                 tell()
@@ -105,17 +115,13 @@ class ColdFiles(Files):
 
     def _recall_blocking(self, cold: Cold) -> None:
         """Bring the bytes of a file back into the source. Raises OSError."""
-        stub = cold.stub
-        if stub.origin is None:
-            raise OSError(errno.EIO, "nobody knows where its bytes are")
-        if self.cold is None:
-            raise _nobody(stub.origin)
+        store, origin = self.who_has(cold.stub)
         try:
             with self.source.path_of(cold.ref) as path:
-                self.cold.recall(path, stub.origin)
+                store.recall(path, origin)
             self.source.settle(cold.ref)
         except TierdError as error:
-            log.error("recall_failed", path=display(stub.origin.path), reason=str(error), hint=error.hint)
+            log.error("recall_failed", path=display(origin.path), reason=str(error), hint=error.hint)
             raise OSError(errno.EIO, str(error)) from None
 
     async def _brought(self, cold: Cold) -> NoReturn:
@@ -129,23 +135,6 @@ class ColdFiles(Files):
         finally:
             os.close(ref.fd)
         raise Moved
-
-
-def _nobody(origin: Origin) -> OSError:
-    log.error(
-        "cold_file_unreadable",
-        path=display(origin.path),
-        reason="no object store is set",
-        hint="start the mount with --objects",
-    )
-    return OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-def origin_of(stub: Stub) -> Origin:
-    """What a stub stands for. Raises OSError (EIO) if nobody knows."""
-    if stub.origin is None:
-        raise OSError(errno.EIO, "nobody knows where its bytes are")
-    return stub.origin
 
 
 def program_of(pid: int) -> str:

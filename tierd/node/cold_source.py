@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,14 @@ class ColdSource(PosixSource):
             return layer.find(name) if layer is not None else None
 
     @contextmanager
-    def _path(self, ref: Ref) -> Iterator[str]:
+    def path_of(self, ref: Ref) -> Iterator[str]:
         with ExitStack() as stack:
             try:
-                path = stack.enter_context(super()._path(ref))
+                path = stack.enter_context(super().path_of(ref))
             except Moved:
                 layer, _ = stack.enter_context(self._beside(ref))
-                path = stack.enter_context(super()._path(ref._replace(fd=layer.fd)))
+                path = stack.enter_context(super().path_of(ref._replace(fd=layer.fd)))
             yield path
-
-    def path_of(self, ref: Ref) -> AbstractContextManager[str]:
-        """A path that leads to exactly this inode, or to its stub (`/proc/self/fd/N`). Raises Moved."""
-        return self._path(ref)
 
     def open_path(self, path: bytes, flags: int = os.O_RDONLY) -> int:
         """As that of any source; of a cold file, a descriptor of its stub, which `stub_of` tells."""
@@ -160,7 +156,7 @@ class ColdSource(PosixSource):
 
     def _empty(self, ref: Ref) -> None:
         """Make a cold file one of its own, without bytes."""
-        with self._path(ref) as path, locked(path) as fd:
+        with self.path_of(ref) as path, locked(path) as fd:
             if is_cold(os.fstat(fd)):
                 warm(fd)
                 os.utime(fd)
@@ -227,19 +223,13 @@ class ColdSource(PosixSource):
         return [name for name in dict.fromkeys([*names, *cold]) if name != RESERVED]
 
     def lstat_many(self, dir_fd: int, names: list[bytes]) -> list[os.stat_result | None]:
-        found = super().lstat_many(dir_fd, [])
-        lacking: list[int] = []
-        for place, name in enumerate(names):
-            try:
-                found.append(super().lstat(dir_fd, name))
-            except FileNotFoundError:
-                found.append(None)
-                lacking.append(place)
-        if lacking:
-            with self.layers.of(dir_fd) as layer:
-                for place in lacking if layer is not None else ():
-                    stub = layer.find(names[place]) if layer is not None else None
-                    found[place] = stub.attributes if stub is not None else None
+        found = super().lstat_many(dir_fd, names)
+        if None not in found:
+            return found
+        with self.layers.of(dir_fd) as layer:
+            if layer is not None:
+                stubs = (layer.find(name) if st is None else None for name, st in zip(names, found, strict=True))
+                found = [stub.attributes if stub else st for stub, st in zip(stubs, found, strict=True)]
         return found
 
     def _refuse(self, dir_fd: int, name: bytes) -> None:
@@ -312,9 +302,10 @@ class ColdSource(PosixSource):
         if RESERVED in (old, new):
             number = errno.EPERM if new == RESERVED else errno.ENOENT
             raise OSError(number, os.strerror(number))
-        cold, replaced = self._cold_at(old_fd, old), self._cold_at(new_fd, new)
-        if cold is None and self._stub_at(new_fd, new) is None:
+        cold, stub = self._cold_at(old_fd, old), self._stub_at(new_fd, new)
+        if cold is None and stub is None:
             return self._rename_hot(old_fd, old, new_fd, new, flags, about)
+        replaced = None if self._is_hot(new_fd, new) else stub
         if cold is None:
             super().lstat(old_fd, old)  # it must be there, before all else
         if flags == RENAME_EXCHANGE:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import trio
 
 from tierd.node.caller import pod_of
-from tierd.node.cold_files import ColdFiles, origin_of
+from tierd.node.cold_files import ColdFiles
 from tierd.node.cold_source import Cold
 from tierd.node.fill import Fill
 from tierd.node.handles import FileHandle, close_soon
@@ -279,7 +279,7 @@ class Opens(ColdFiles):
         except Cold as cold:
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise
-            origin_of(cold.stub)
+            self.who_has(cold.stub)
             st = self.source.forced_stat(ref)
             model = self._tier.model_of(path) if path is not None and self._tier is not None else None
             return _Reached(fh, -1, version_of(st), pod_of(pid), model, None, cold.stub._replace(attributes=st))
@@ -343,9 +343,9 @@ class Opens(ColdFiles):
     def _source_handle_of(self, node: Node, found: _Reached, flags: int, caller: Caller) -> FileHandle:
         access = flags & os.O_ACCMODE
         handle = FileHandle(found.fh, node, found.fd, access != os.O_RDONLY)
-        if found.stub is not None:
+        if found.stub is not None and found.stub.origin is not None:
             handle.origin, handle.attributes = found.stub.origin, found.stub.attributes
-            handle.target = self.cold_target(handle.fh, origin_of(found.stub), caller.pid)
+            handle.target = self.cold_target(handle.fh, handle.origin, caller.pid)
             self.cold_opens += 1
         self._register(handle, found.model)
         if access != os.O_WRONLY:

@@ -244,7 +244,7 @@ class PosixSource:
         return st
 
     @contextlib.contextmanager
-    def _path(self, ref: Ref) -> Iterator[str]:
+    def path_of(self, ref: Ref) -> Iterator[str]:
         """A path that reaches exactly this inode, link or not (`/proc/self/fd/N`, proc(5)). Raises Moved."""
         if ref.name is None:
             yield f"/proc/self/fd/{ref.fd}"
@@ -321,7 +321,7 @@ class PosixSource:
         `fd`, if given, is the writable descriptor that the caller truncates through.
         """
         before = self.stat(ref)
-        with self._path(ref) as path:
+        with self.path_of(ref) as path:
             if changes.size is not None:
                 os.truncate(path if fd is None else fd, changes.size)
             if changes.uid is not None or changes.gid is not None:
@@ -338,30 +338,30 @@ class PosixSource:
     def link(self, ref: Ref, dir_fd: int, name: bytes) -> Change:
         """One more name for the inode."""
         before = self.stat(ref)
-        with self._path(ref) as path:
+        with self.path_of(ref) as path:
             os.link(path, name, dst_dir_fd=dir_fd, follow_symlinks=True)
         return Change(before, self.lstat(dir_fd, name))
 
     def getxattr(self, ref: Ref, name: bytes) -> bytes:
         """The value of an extended attribute; ENODATA if there is none."""
-        with self._path(ref) as path:
+        with self.path_of(ref) as path:
             return os.getxattr(path, name)
 
     def listxattr(self, ref: Ref) -> list[bytes]:
         """The names of all extended attributes."""
-        with self._path(ref) as path:
+        with self.path_of(ref) as path:
             return [os.fsencode(name) for name in os.listxattr(path)]
 
     def setxattr(self, ref: Ref, name: bytes, value: bytes) -> Change:
         """Set an extended attribute."""
-        with self._path(ref) as path:
+        with self.path_of(ref) as path:
             before = os.stat(path)
             os.setxattr(path, name, value)
             return Change(before, os.stat(path))
 
     def removexattr(self, ref: Ref, name: bytes) -> Change:
         """Remove an extended attribute."""
-        with self._path(ref) as path:
+        with self.path_of(ref) as path:
             before = os.stat(path)
             os.removexattr(path, name)
             return Change(before, os.stat(path))

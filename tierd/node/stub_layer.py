@@ -108,32 +108,19 @@ class Layers:
         if self._none.get(key, 0.0) > self._clock():
             yield None
             return
-        try:
-            base = os.open(RESERVED, _DIRECTORY, dir_fd=dir_fd)
-        except OSError as error:
-            if error.errno not in _NOT_THERE:
-                raise
-            self._remember_none(key)
-            yield None
-            return
-        try:
-            yield from self._below(base, key)
-        finally:
-            os.close(base)
-
-    def _below(self, base: int, key: Key) -> Iterator[Layer | None]:
-        try:
-            fd = os.open(STUBS, _DIRECTORY, dir_fd=base)
-        except OSError as error:
-            if error.errno not in _NOT_THERE:
-                raise
-            self._remember_none(key)
-            yield None
-            return
-        try:
-            yield Layer(self, base, fd)
-        finally:
-            os.close(fd)
+        with ExitStack() as opened:
+            fds = [dir_fd]
+            for name in (RESERVED, STUBS):
+                try:
+                    fds.append(os.open(name, _DIRECTORY, dir_fd=fds[-1]))
+                except OSError as error:
+                    if error.errno not in _NOT_THERE:
+                        raise
+                    self._remember_none(key)
+                    yield None
+                    return
+                opened.callback(os.close, fds[-1])
+            yield Layer(self, fds[1], fds[2])
 
     @contextmanager
     def made(self, dir_fd: int) -> Iterator[Layer]:
