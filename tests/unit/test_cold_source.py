@@ -17,7 +17,7 @@ from tests.cold import freeze, origins_of, stub_of
 from tierd.node import stub_layer
 from tierd.node.cold_source import Cold, ColdSource
 from tierd.node.sources import Changes, Creator, Moved, PosixSource, Ref
-from tierd.node.stub_layer import is_cold, locked, warm
+from tierd.stub_files import is_cold, locked, warm, write_origins
 from tierd.stubs import RESERVED, Origin, OriginsDamaged, decode, encode
 
 OWN = Creator(os.geteuid(), os.getegid())
@@ -203,7 +203,7 @@ def test_new_origins_are_seen_at_once(source: ColdSource, model: Path, fd: int, 
     assert source.lstat(fd, b"a").st_size == SIZE
     base = os.open(model / ".tierd", os.O_PATH)
     os.utime(model / ".tierd/origins", ns=(1, 1))
-    stub_layer.write_origins(base, {stub_of(model / "a").stat().st_ino: Origin("models/m", 2, b"a", 7, "0" * 64)})
+    write_origins(base, {stub_of(model / "a").stat().st_ino: Origin("models/m", 2, b"a", 7, "0" * 64)})
     os.close(base)
     assert source.lstat(fd, b"a").st_size == 7
 

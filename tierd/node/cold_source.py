@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from tierd.node.sources import (
-    RENAME_EXCHANGE,
-    RENAME_NOREPLACE,
     About,
     Change,
     Changes,
@@ -30,11 +28,11 @@ from tierd.node.sources import (
     Ref,
     Root,
     Version,
-    forced_stat,
-    renameat2,
 )
-from tierd.node.stub_layer import Layer, Layers, Stub, is_cold, locked, remove_layer, warm
+from tierd.node.stub_layer import Layer, Layers, Stub
+from tierd.stub_files import is_cold, locked, remove_layer, warm
 from tierd.stubs import COLD_MARK, RESERVED, Origin
+from tierd.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, forced_stat, renameat2
 
 
 class Cold(Exception):

@@ -30,13 +30,14 @@ from tierd.node.fetch import fetch_chunk, fetch_cold_chunk
 from tierd.node.fill import STREAMS_PER_FILE, Fill, Outcome
 from tierd.node.filler import WORKERS, Filler, Refused, Stopped
 from tierd.node.listings import Listings
-from tierd.node.sources import forced_stat, version_of
+from tierd.node.sources import version_of
 from tierd.node.store import Store
-from tierd.node.stub_layer import is_cold
 from tierd.node.usage import Usage
 from tierd.node.wanted import Priority, Wanted
 from tierd.policy import Resident, Space, Watermarks, admit, next_victim, refusal, surplus_bytes
+from tierd.stub_files import is_cold
 from tierd.stubs import Origin
+from tierd.syscalls import forced_stat
 from tierd.units import display, holds_weights
 
 log = structlog.get_logger(__name__)
