@@ -1,4 +1,4 @@
-"""Moves end as if nothing had happened, and no byte is missing on the way, though processes end between any two effects.
+"""Moves end as if nothing had happened, and no byte misses on the way, though processes end between any two effects.
 
 Every effect is tried: each call that changes the source, each object, each transaction, before and after it.
 """
