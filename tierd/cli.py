@@ -221,6 +221,13 @@ def mount(
             help="Where the bytes of cold files are: an S3 endpoint, or a directory. [dim]Default: nowhere[/]",
         ),
     ] = None,
+    recalls_per_user: Annotated[
+        int | None, typer.Option(help="Cold models that one user brings to the node at a time. [dim]Default: 4[/]")
+    ] = None,
+    recall_bytes_per_hour: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="How much of cold files one user brings an hour. [dim]Default: 4TiB[/]"),
+    ] = None,
     handover: Annotated[
         str | None,
         typer.Option(

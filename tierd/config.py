@@ -152,6 +152,8 @@ class MountSettings(BaseModel):
     source_timeout: Seconds = Field(2.0, gt=0, le=3600)
     stale_if_unreachable: bool = True
     objects: Objects = None
+    recalls_per_user: Whole = Field(4, ge=0, le=1000)
+    recall_bytes_per_hour: Bytes = Field(4 << 40, ge=0)
     handover: bool = True
     allow_other: bool | None = None
     redis: SecretStr | None = None

@@ -28,6 +28,9 @@ _LATENCY_BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
 )  # fmt: skip
 
+RECALL_BOUNDS = ("at_once", "bytes")
+"""Models that one user brings at a time, and bytes an hour."""
+
 
 class Metrics:
     """What a node daemon counts. Safe to call from any thread; no method waits or raises."""
@@ -88,6 +91,10 @@ class Metrics:
         self._dropped_journal = self._dropped.labels("journal_event")
         self._dropped_index = self._dropped.labels("index_write")
         self._dropped_rows = self._dropped.labels("index_row")
+        bounded = Counter(
+            "tierd_recalls_bounded", "Recalls beyond a user's bounds, by which.", ["bound"], registry=registry
+        )
+        self._recalls_bounded = {bound: bounded.labels(bound) for bound in RECALL_BOUNDS}
         self._depth = Gauge("tierd_depth", "How much is queued or held now.", ["what"], registry=registry)
         for counter in (self._opens, self._loads, self._read_bytes):
             counter.labels(OTHER)
@@ -95,6 +102,10 @@ class Metrics:
     def watch_depth(self, what: str, depth: Callable[[], float]) -> None:
         """Export `depth()` at each scrape."""
         self._depth.labels(what).set_function(depth)
+
+    def recall_bounded(self, bound: str) -> None:
+        """A user is beyond one of RECALL_BOUNDS."""
+        self._recalls_bounded[bound].inc()
 
     def error(self, number: int) -> None:
         """A request was answered with errno `number`."""
