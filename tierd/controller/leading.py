@@ -19,7 +19,7 @@ from tierd.controller.leader import NotLeaderError, begin_epoch
 from tierd.controller.migrate import SchemaError, require_current
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.tasks import Pause, reason_of, together
-from tierd.errors import DatabaseError
+from tierd.errors import DatabaseError, TierdError
 
 log = structlog.get_logger(__name__)
 
@@ -101,6 +101,9 @@ async def lead(
             if standing.phase is Phase.LEADING:
                 standing.lost(error)
             standing.away(error)
+        except (TierdError, OSError) as error:
+            hint = error.hint if isinstance(error, TierdError) else ""
+            log.error("work_impossible", reason=reason_of(error), hint=hint)
         except Exception:
             log.exception("work_defect", consequence="all work stopped, and begins anew")
         failures = 1 if reached else failures + 1
