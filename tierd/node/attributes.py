@@ -18,10 +18,10 @@ def unlinked(st: os.stat_result) -> os.stat_result:
     return stat_result(mode, inode, device, 0, *rest)
 
 
-def changed(st: os.stat_result, *, mode: int, size: int) -> os.stat_result:
-    """The same attributes with another mode and size."""
-    _, inode, device, nlink, uid, gid, _, *rest = _fields(st)
-    return stat_result(mode, inode, device, nlink, uid, gid, size, *rest)
+def changed(st: os.stat_result, *, mode: int, size: int, mtime_ns: int) -> os.stat_result:
+    """The same attributes with another mode, size and modification time."""
+    _, inode, device, nlink, uid, gid, _, atime_ns, _, *rest = _fields(st)
+    return stat_result(mode, inode, device, nlink, uid, gid, size, atime_ns, mtime_ns, *rest)
 
 
 def differ(one: os.stat_result, other: os.stat_result) -> bool:

@@ -17,6 +17,7 @@ import structlog
 
 from tierd.node.copies import CHUNK_BYTES, Identity
 from tierd.node.sources import version_of
+from tierd.node.stub_layer import looking
 from tierd.objects.store import FileRange, Into, ObjectStore
 from tierd.recall import fetch_from, recall
 from tierd.stub_files import is_cold
@@ -70,7 +71,7 @@ class ColdBytes:
     def identify(self, st: os.stat_result) -> Identity | None:
         """The version of the cold file whose stub has these attributes; None if it is no stub, or no longer."""
         origin = self.origin_of(st.st_ino) if is_cold(st) else None
-        return Identity(st.st_ino, *version_of(st)._replace(size=origin.size)) if origin is not None else None
+        return Identity(st.st_ino, *version_of(looking(st, origin.size))) if origin is not None else None
 
     # --- ranges ---
 

@@ -179,6 +179,8 @@ class ColdSource(PosixSource):
             return Change(stub.attributes, super().setattr(ref, changes, fd).after)
         if changes.mode is not None:
             changes = replace(changes, mode=changes.mode | COLD_MARK)
+        if changes.mtime_ns is not None or changes.atime_ns is not None:
+            changes = replace(changes, atime_ns=changes.mtime_ns)  # see `mtime_of`: bytes may be on their way
         return Change(*(stub.of(st) for st in super().setattr(ref, changes, fd)))
 
     def setxattr(self, ref: Ref, name: bytes, value: bytes) -> Change:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tierd.node.attributes import changed
 from tierd.node.sources import Key
-from tierd.stub_files import is_cold, make_layer, read_origins, write_origins
+from tierd.stub_files import is_cold, make_layer, mtime_of, read_origins, write_origins
 from tierd.stubs import COLD_MARK, ORIGINS, RESERVED, STUBS, Origin
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -168,4 +168,4 @@ _SETTLED_NS = 2_000_000_000
 
 def looking(st: os.stat_result, size: int) -> os.stat_result:
     """The attributes of a cold file, by those of its stub."""
-    return changed(st, mode=st.st_mode & ~COLD_MARK, size=size)
+    return changed(st, mode=st.st_mode & ~COLD_MARK, size=size, mtime_ns=mtime_of(st))
