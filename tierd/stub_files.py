@@ -43,23 +43,24 @@ def mtime_of(st: os.stat_result) -> int:
 
 
 @contextmanager
-def locked(path: str) -> Iterator[int]:
-    """A descriptor of a stub that nobody else on any node brings bytes to, flock(2). Waits for whoever does.
+def locked(path: str, *, wait: bool = True) -> Iterator[int]:
+    """A descriptor of a stub that nobody else on any node brings bytes to, flock(2). Waits for whoever does; raises
+    BlockingIOError if that is not wanted.
 
     JuiceFS 0.14 on an SQL database answers EIO if the number that the kernel made up for the owner of the lock, the
     open file, is above 2**63, as half of them are. So other open files are tried, beside those that did not do.
     """
     with ExitStack() as opened:
-        yield _lock(path, opened)
+        yield _lock(path, opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _lock(path: str, opened: ExitStack) -> int:
+def _lock(path: str, opened: ExitStack, how: int) -> int:
     left = _LOCK_TRIES
     while True:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         opened.callback(os.close, fd)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, how)
         except OSError as error:
             left -= 1
             if error.errno != errno.EIO or not left:
