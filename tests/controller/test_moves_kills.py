@@ -62,6 +62,8 @@ class Case:
     prepare: Callable[[Site, Moves], Awaitable[None]] | None = None
     meddle: Callable[[Site, str], None] = lambda site, effect: None
     changed: str = ""
+    renamed: str = ""
+    lost: str = ""
 
 
 def append_once(site: Site, effect: str) -> None:
@@ -88,11 +90,20 @@ def write_to_trash_once(site: Site, effect: str) -> None:
                     file.write(b"+")
 
 
+async def demote_and_lose(site: Site, moves: Moves) -> None:
+    """The object store loses an object within the grace."""
+    await demote(site, moves)
+    for path in (site.root / "objects").glob(f"*/{site.model_id}/v1/config.json"):
+        path.unlink()
+
+
 CASES = {
     "demote": Case(demote, ["in_grace"], "cold"),
     "delete": Case(demote_and_delete, ["done"], "cold", prepare=demote),
     "undo": Case(undo, ["abandoned", "done"], "hot", prepare=demote),
     "abandon": Case(demote, ["abandoned"], "hot", meddle=append_once, changed="unet/weights.bin"),
+    "renamed": Case(demote, ["abandoned"], "hot", meddle=rename_once, renamed="unet/weights.bin"),
+    "object lost": Case(demote_and_delete, ["abandoned"], "hot", prepare=demote_and_lose, lost="config.json"),
 }
 
 
@@ -134,6 +145,9 @@ class Bench:
         assert await site.value(query, site.model_id) == case.states
         found = site.snapshot()
         names = {name if case.tier == "hot" else cold_name(name) for name in NAMES if name != "empty"} | {"empty"}
+        if case.renamed:
+            names = names - {case.renamed} | {f"{case.renamed}.old"}
+            assert (site.model / f"{case.renamed}.old").read_bytes() == bytes_of(case.renamed)
         assert {name for name in found if name.startswith(("config", "model", "unet/", "empty", ".tierd"))} == names
         for name in names - {case.changed}:
             mode, _, _, (mtime_ns, links), xattrs = found[name]
@@ -154,6 +168,11 @@ def cold_name(name: str) -> str:
 def assert_bytes(site: Site, case: Case) -> None:
     """Each file is there, and right."""
     for name in NAMES:
+        if name == case.lost and name not in site.hot_names():
+            assert (site.source / ".tierd/trash").glob(f"*/{name}"), name
+            continue
+        if name == case.renamed and not (site.model / name).exists():
+            continue
         found = site.read(name)
         right = bytes_of(name)
         assert found == right or (name == case.changed and found == right + b"+"), name
