@@ -198,13 +198,18 @@ def stub_path(path: Path) -> Path:
 
 
 def site_of(root: Path, dsn: str, store: ObjectStore | None = None, **settings: Any) -> Site:
-    """One with a model, over a plain directory."""
+    """A new one with a model, over a plain directory."""
     (root / "source").mkdir()
     (root / "objects").mkdir()
-    made = MoveSettings(state_dir=root / "state", settle=0.0, parallel_files=2)
-    site = Site(root, dsn, store or DirectoryStore(root / "objects"), replace(made, **settings))
+    site = opened_site(root, dsn, store, **settings)
     site.make_model()
     return site
+
+
+def opened_site(root: Path, dsn: str, store: ObjectStore | None = None, **settings: Any) -> Site:
+    """One that is there."""
+    made = MoveSettings(state_dir=root / "state", settle=0.0, parallel_files=2)
+    return Site(root, dsn, store or DirectoryStore(root / "objects"), replace(made, **settings))
 
 
 async def demote(site: Site, *, by_hand: bool = False) -> tuple[int, MoveState]:

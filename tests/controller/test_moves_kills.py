@@ -5,7 +5,10 @@ Every effect is tried: each call that changes the source, each object, each tran
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.controller.fate import Fate, Killed
+from tests.controller.house import REPOSITORY, environment
 from tests.controller.moving import Site, site_of
 from tests.servers import run
 from tierd.controller.move_file import MoveRefused
@@ -169,7 +173,7 @@ def assert_bytes(site: Site, case: Case) -> None:
     """Each file is there, and right."""
     for name in NAMES:
         if name == case.lost and name not in site.hot_names():
-            assert (site.source / ".tierd/trash").glob(f"*/{name}"), name
+            assert list((site.source / ".tierd/trash").glob(f"*/{name}")), name
             continue
         if name == case.renamed and not (site.model / name).exists():
             continue
@@ -212,3 +216,29 @@ def test_killed_between_any_two_effects(name: str, site: Site) -> None:
         return effects
 
     assert len(run(main())) > 20
+
+
+KILLS = 5
+"""Processes that are killed in each case, spread over its effects."""
+
+
+@pytest.mark.parametrize("name", ["demote", "delete", "undo", "abandon"])
+def test_a_process_that_is_killed(name: str, site: Site) -> None:
+    """The same with the real thing, at some of the effects."""
+    case = CASES[name]
+
+    async def main() -> None:
+        bench = Bench(site, case)
+        count = len(await bench.one(0, lambda one, last: leave(one, last, case)))
+
+        async def kill(one: Site, last: int) -> list[str]:
+            words = [str(one.root), one.dsn, one.model_id, name, str(last)]
+            child = [sys.executable, "-m", "tests.controller.move_child", *words]
+            process = await asyncio.create_subprocess_exec(*child, env=environment({}), cwd=REPOSITORY)
+            assert await process.wait() == -signal.SIGKILL
+            return []
+
+        for number in range(KILLS):
+            await bench.one(1 + (2 * number + 1) * count // (2 * KILLS), kill)
+
+    run(main())
