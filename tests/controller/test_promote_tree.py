@@ -13,6 +13,7 @@ import pytest
 from tests.cold import freeze, stub_of
 from tests.conftest import DirectoryFactory
 from tests.controller.freezing import BUCKET, Frozen, killed_after
+from tierd.controller.hot_tree import HotTree
 from tierd.controller.promote import Promotion, PromotionError, Stopped
 from tierd.errors import TierdError
 from tierd.objects.directory import DirectoryStore
@@ -65,8 +66,7 @@ def _make_model(top: Path) -> None:
 
 def promotion(frozen: Frozen, told: Callable[[int], None] = lambda size: None) -> Promotion:
     """Of the model. The descriptor of the root is left to the process."""
-    root = os.open(frozen.source, os.O_RDONLY | os.O_DIRECTORY)
-    return Promotion(root, MODEL, fetch_from(frozen.store, BUCKET), told)
+    return Promotion(HotTree(frozen.source), MODEL, fetch_from(frozen.store, BUCKET), told)
 
 
 def test_all_of_it_comes_back_and_looks_as_before(anywhere: Frozen) -> None:
@@ -95,8 +95,7 @@ def test_a_model_that_is_one_file(cold: Frozen) -> None:
     (cold.source / "models/other.gguf").write_bytes(b"others")
     cold.freeze("models/one.gguf")
     cold.freeze("models/other.gguf")
-    root = os.open(cold.source, os.O_RDONLY)
-    Promotion(root, "models/one.gguf", fetch_from(cold.store, BUCKET)).run()
+    Promotion(HotTree(cold.source), "models/one.gguf", fetch_from(cold.store, BUCKET)).run()
     assert (cold.source / "models/one.gguf").read_bytes() == b"weights"
     assert not (cold.source / "models/other.gguf").exists(), "the other one stays cold"
     assert stub_of(cold.source / "models/other.gguf").exists()
@@ -124,8 +123,7 @@ def test_renamed_models_bring_what_their_files_stand_for(cold: Frozen) -> None:
     before = cold.looks(MODEL)
     cold.freeze(MODEL, version=3)
     (cold.source / MODEL).rename(cold.source / "models/org/other")
-    root = os.open(cold.source, os.O_RDONLY)
-    Promotion(root, "models/org/other", fetch_from(cold.store, BUCKET)).run()
+    Promotion(HotTree(cold.source), "models/org/other", fetch_from(cold.store, BUCKET)).run()
     assert cold.looks("models/org/other") == before
 
 

@@ -25,7 +25,7 @@ from tierd.controller.hot_tree import HotTree, joined, split, stat_of
 from tierd.controller.move_file import HotFile, MoveFile
 from tierd.controller.steps import FileState
 from tierd.objects.keys import shown
-from tierd.stub_files import is_cold, locked, make_layer, read_origins, write_origins
+from tierd.stub_files import is_cold, locked, make_layer, mtime_of, read_origins, write_origins
 from tierd.stubs import COLD_MARK, ORIGINS, RESERVED, STUBS, Origin
 from tierd.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 
@@ -310,7 +310,7 @@ class Stubbing:
             return
         try:
             have, want = os.fstat(file), os.fstat(stub)
-            if _alike(have, want) and have.st_mtime_ns == want.st_mtime_ns and read_xattrs(file) == read_xattrs(stub):
+            if _alike(have, want) and have.st_mtime_ns == mtime_of(want) and read_xattrs(file) == read_xattrs(stub):
                 return
             self._at("attributes")
             # What was written to it through an old descriptor is newer than its stub.
@@ -445,4 +445,4 @@ def _copy_attributes(source: int, target: int, mark: int, *, times: bool = True)
         os.setxattr(target, name, value)
     os.fchmod(target, st.st_mode & _FREE_MODE_BITS | mark)
     if times:
-        os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
+        os.utime(target, ns=(st.st_atime_ns, mtime_of(st)))
