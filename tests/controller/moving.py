@@ -115,7 +115,7 @@ class Site:
     # --- what is there ---
 
     def read(self, name: str) -> bytes | None:
-        """A file of the model as the overlay has it: hot wins, else what its stub stands for; None if it is not there."""
+        """A file as the overlay has it: hot wins, else what its stub stands for; None if it is not there."""
         path = self.model / name
         if path.is_file() and not path.is_symlink():
             return path.read_bytes()
@@ -125,6 +125,26 @@ class Site:
         if not is_cold(stub.stat()):
             return stub.read_bytes()
         return self.fetch(self.origin(path))
+
+    def snapshot(self) -> dict[str, tuple[object, ...]]:
+        """What the model looks like through the overlay, and which of its files are cold."""
+        found: dict[str, tuple[object, ...]] = {}
+        for path in sorted(self.model.rglob("*")):
+            name = path.relative_to(self.model)
+            if ".tierd" in name.parts and (path.is_dir() or path.parent.name != "cold"):
+                continue
+            st = path.lstat()
+            xattrs = tuple(
+                (one, os.getxattr(path, one, follow_symlinks=False))
+                for one in os.listxattr(path, follow_symlinks=False)
+            )
+            times = () if path.is_dir() or path.is_symlink() else (st.st_mtime_ns, st.st_nlink)
+            found[str(name)] = (oct(st.st_mode), st.st_uid, st.st_gid, times, xattrs)
+        return found
+
+    def litter(self) -> list[str]:
+        """What moves left at the top."""
+        return sorted(str(path.relative_to(self.source)) for path in (self.source / ".tierd").glob("*/*"))
 
     def origin(self, path: Path) -> Origin:
         """What a stub stands for."""

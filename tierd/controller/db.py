@@ -10,7 +10,7 @@ import asyncio
 import errno
 import os
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, Protocol, Self
 
@@ -53,6 +53,7 @@ class Connection(Protocol):
     def is_closed(self) -> bool: ...
     def terminate(self) -> None: ...
     def get_server_pid(self) -> int: ...
+    def add_termination_listener(self, callback: Callable[[object], None]) -> None: ...
 
 
 class Database:
