@@ -52,6 +52,12 @@ async def undo(site: Site, moves: Moves) -> None:
     await moves.resume_all()
 
 
+async def promote(site: Site, moves: Moves) -> None:
+    if await site.value("SELECT count(*) FROM moves WHERE subject = $1 AND kind = 'promote'", site.model_id) == 0:
+        await moves.promote(site.model_id, "asked for")
+    await moves.resume_all()
+
+
 @dataclass(frozen=True)
 class Case:
     """`prepare`, which nobody disturbs, then `act`; whoever looks finds `changed` files with other bytes."""
@@ -92,6 +98,7 @@ CASES = {
     "demote": Case(demote, ["in_grace"], "cold"),
     "delete": Case(demote_and_delete, ["done"], "cold", prepare=demote),
     "undo": Case(undo, ["abandoned", "done"], "hot", prepare=demote),
+    "promote": Case(promote, ["done", "done"], "hot", prepare=demote_and_delete),
     "abandon": Case(demote, ["abandoned"], "hot", meddle=append_once, changed="unet/weights.bin"),
 }
 

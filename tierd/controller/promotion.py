@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import suppress
 
 from tierd.controller import cold_tree
 from tierd.controller import moves_sql as sql
 from tierd.controller.move_books import Move, add_move, lock_model, refuse_if_moving, set_state
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.move_workshop import Workshop
-from tierd.controller.promote import Need, Promotion, Stopped
+from tierd.controller.promote import Need, Promotion
 from tierd.controller.returning import manifest_name
 from tierd.controller.steps import MoveKind, MoveState, next_state
 from tierd.objects.keys import shown, validate_model_id
@@ -93,8 +92,7 @@ class Promotions:
         except BaseException:
             promotion.stop()
             await asyncio.wait([work])
-            with suppress(Stopped):
-                work.result()
+            work.exception()  # that it was stopped, by whom, and what else, is of no interest any more
             raise
         work.result()
 
