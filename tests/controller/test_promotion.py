@@ -13,6 +13,7 @@ import pytest
 
 from tests.controller.moving import FILES, MODEL, Site, site_of
 from tests.servers import run
+from tierd.controller import promotion
 from tierd.controller.leader import NotLeaderError
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.moves import Moves
@@ -147,20 +148,26 @@ def test_a_model_whose_objects_are_gone_fails_and_stays_cold(site: Site) -> None
     assert site.read("config.json") == FILES["config.json"]
 
 
-def test_a_leader_that_is_one_no_longer_stops(site: Site) -> None:
-    """It notices when it tells how far it is."""
+def test_a_leader_that_is_one_no_longer_stops(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It notices when it tells how far it is, long before all has come."""
+    monkeypatch.setattr(promotion, "_TELL_SECONDS", 0.01)
 
-    async def promote(moves: Moves) -> None:
-        move = await moves.promote(MODEL, "asked for")
-        while (await site.value("SELECT state FROM moves WHERE id = $1", move)) != "copying":
-            await moves._steps[(await moves._shop.books.move(move)).kind][MoveState.PLANNED](
-                await moves._shop.books.move(move)
-            )
-        await site.execute("UPDATE leader SET epoch = epoch + 1")
-        with pytest.raises(NotLeaderError):
-            await moves.advance(move)
+    async def main() -> None:
+        async with site.leading() as moves:
+            await freeze(site, moves)
+        site.store = DirectoryStore(site.root / "objects", bytes_per_s=400_000)
+        async with site.leading() as moves:
+            move = await moves.promote(MODEL, "asked for")
+            task = asyncio.ensure_future(moves.advance(move))
+            while await site.value("SELECT state FROM moves WHERE id = $1", move) != "copying":  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await site.execute("UPDATE leader SET epoch = epoch + 1")
+            with pytest.raises(NotLeaderError):
+                await task
 
-    leading(site, promote)
+    run(main())
+    assert "model-2.safetensors" not in site.hot_names()
+    assert site.read("model-2.safetensors") == FILES["model-2.safetensors"]
     assert run(site.value("SELECT tier FROM model_locations")) == "cold"
 
 
