@@ -56,6 +56,12 @@ async def undo(site: Site, moves: Moves) -> None:
     await moves.resume_all()
 
 
+async def promote(site: Site, moves: Moves) -> None:
+    if await site.value("SELECT count(*) FROM moves WHERE subject = $1 AND kind = 'promote'", site.model_id) == 0:
+        await moves.promote(site.model_id, "asked for")
+    await moves.resume_all()
+
+
 @dataclass(frozen=True)
 class Case:
     """`prepare`, which nobody disturbs, then `act`; whoever looks finds `changed` files with other bytes."""
@@ -105,6 +111,7 @@ CASES = {
     "demote": Case(demote, ["in_grace"], "cold"),
     "delete": Case(demote_and_delete, ["done"], "cold", prepare=demote),
     "undo": Case(undo, ["abandoned", "done"], "hot", prepare=demote),
+    "promote": Case(promote, ["done", "done"], "hot", prepare=demote_and_delete),
     "abandon": Case(demote, ["abandoned"], "hot", meddle=append_once, changed="unet/weights.bin"),
     "renamed": Case(demote, ["abandoned"], "hot", meddle=rename_once, renamed="unet/weights.bin"),
     "object lost": Case(demote_and_delete, ["abandoned"], "hot", prepare=demote_and_lose, lost="config.json"),
