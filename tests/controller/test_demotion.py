@@ -245,8 +245,8 @@ def test_a_model_that_is_wanted_before_the_switch_stays(query: str, says: str, b
             assert site.snapshot() == before
             await site.execute("DELETE FROM node_leases")
             await site.execute("UPDATE model_locations SET pinned = false")
-        query = "SELECT count(*) = count(DISTINCT version) FROM moves WHERE kind = 'demote'"
-        assert await site.value(query), "each has a version of its own"
+        own = "SELECT count(*) = count(DISTINCT version) FROM moves WHERE kind = 'demote'"
+        assert await site.value(own), "each has a version of its own"
         assert await site.value("SELECT tier FROM model_locations") == "hot"
 
     run(main())

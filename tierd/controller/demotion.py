@@ -194,7 +194,7 @@ class Demotion:
         content = await self._shop.run(ColdCopy(self._shop, move).manifest, await self._shop.books.files(move.id))
         async with self._shop.fenced("copy manifest", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
-            await self._shop.run(stubbing.write_manifest, manifest_name(move), content)
+            await self._shop.effect(stubbing.write_manifest, manifest_name(move), content)
 
     async def _take(self, move: Move) -> None:
         changed = await compared(self._shop, move, FileState.VERIFIED)
@@ -221,7 +221,7 @@ class Demotion:
     async def _become_cold(self, move: Move) -> bool:
         async with self._shop.fenced("become cold", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
-            await self._shop.run(stubbing.clear, stubbing.drafts)
+            await self._shop.effect(stubbing.clear, stubbing.drafts)
             model = await lock_model(fence.connection, move.subject)
             if model is not None and model.tier == "hot" and model.version == move.detail["model_version"]:
                 files = await read_files(fence.connection, move.id)
@@ -272,7 +272,7 @@ class Demotion:
     async def _end(self, move: Move) -> bool:
         async with self._shop.fenced("end", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
-            await self._shop.run(stubbing.clear, stubbing.trash)
+            await self._shop.effect(stubbing.clear, stubbing.trash)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
         return True
 
