@@ -43,6 +43,8 @@ from tierd.stubs import Origin
 
 _GIVEN_UP = (ChangedMeanwhile, ManifestDamaged, ObjectDamaged, ObjectMissing, MoveRefused)
 """What ends a demotion before the switch: there is no use in trying again."""
+_UNUSABLE = (FileNotFoundError, NotADirectoryError, PermissionError)
+"""A directory of the model went, became something else, or is not ours to change."""
 _ROUNDS_MAX = 3
 
 
@@ -82,14 +84,15 @@ class Demotion:
                 size_bytes=found.size_bytes,
                 by_hand=by_hand,
                 last_access=model.last_access,
-                detail={"model_version": model.version, "single": found.subject.single, "cold_files": len(found.cold)},
+                detail={"model_version": model.version, "single": found.subject.single},
             )
             await add_files(fence.connection, move_id, found.files)
         return move_id
 
     async def _refuse(self, connection: Connection, model_id: str) -> Catalogued:
-        await refuse_if_moving(connection, model_id)
-        return await self._may_leave(connection, model_id)
+        model = await self._may_leave(connection, model_id)
+        await refuse_if_moving(connection, model_id)  # with the model locked: of two wishes one comes first
+        return model
 
     async def _may_leave(self, connection: Connection, model_id: str) -> Catalogued:
         """The model, if nothing speaks against its demotion. Raises MoveRefused."""
@@ -172,7 +175,7 @@ class Demotion:
             await self._take(move)
         except LeasesUnknown:
             raise
-        except _GIVEN_UP as error:
+        except (*_GIVEN_UP, *_UNUSABLE) as error:
             return await self._returning.begin_giving_up(move, str(error))
         return await self._become_cold(move)
 

@@ -77,9 +77,9 @@ class Fence:
         self._at(effect)
 
     def batch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """As many of them as fit into the transaction."""
+        """As many of them as fit into the transaction, and one at least."""
         for number, item in enumerate(items):
-            if number >= BATCH_FILES or time.monotonic() > self._batch_until:
+            if number and (number >= BATCH_FILES or time.monotonic() > self._batch_until):
                 return
             yield item
 

@@ -112,8 +112,12 @@ class Stubbing:
                     write_origins(base, origins)
                     os.fsync(known)
                     os.fsync(base)
+                    said = read_origins(known)
                 os.fsync(fd)
                 self._at("wrote origins")
+                if any(said.get(inode) != origin for inode, origin in origins.items()):
+                    # Of an inode number that is used again, and of a clock that went back: wrong bytes otherwise.
+                    raise ChangedMeanwhile(f"{shown(directory)} has origins from the future: is the clock right?")
             finally:
                 os.close(base)
         return True
