@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tierd.controller.moves import Moves
 from tierd.controller.steps import MoveState
 from tierd.objects.keys import manifest_key, object_key
 from tierd.recall import fetch_from, recall
+from tierd.stub_files import locked
 from tierd.stubs import COLD_MARK
 
 LEASE = "INSERT INTO node_leases VALUES ('gpu-1', 'models/llama-7b')"
@@ -243,6 +245,52 @@ def test_a_demotion_on_its_way_can_be_undone(effect: str, site: Site) -> None:
     run(main())
     assert site.snapshot() == before
     assert site.litter() == []
+
+
+def test_nobody_waits_for_a_file_that_comes_back_just_now(site: Site) -> None:
+    """A recall may take hours, and an undo works within transactions."""
+    run(demote(site))
+    with locked(str(stub_path(site.model / "config.json"))):
+        assert run(undo(site)) is MoveState.DONE
+    assert site.read("config.json") == FILES["config.json"]
+    assert site.hot_names() == {*FILES, "unet/same.safetensors"} - {"config.json"}
+
+
+def test_effects_do_not_wait_for_long_transfers(site: Site) -> None:
+    """A transaction that waits for the thread that stores a large file would be ended by the database."""
+    run(demote(site))
+    other = replace(site, model_id="models/other")
+    other.make_model()
+    storing, go_on = threading.Event(), threading.Event()
+
+    def store_slowly(effect: str) -> None:
+        if effect == "put object":
+            storing.set()
+            assert go_on.wait(60)
+
+    async def main() -> None:
+        await other.register()
+        async with site.leading(store_slowly, parallel_files=1) as moves:
+            move = await moves.demote(other.model_id, "test")
+            work = asyncio.create_task(moves.advance(move))
+            await asyncio.to_thread(storing.wait)
+            try:
+                assert await moves.advance(await moves.undo(MODEL)) is MoveState.DONE
+            finally:
+                go_on.set()
+            assert await work is MoveState.IN_GRACE
+
+    run(main())
+
+
+def test_of_two_wishes_one_is_refused(site: Site) -> None:
+    async def main() -> None:
+        async with site.leading() as moves:
+            wishes = (moves.demote(MODEL, "one"), moves.demote(MODEL, "two"), moves.demote(MODEL, "three"))
+            done = await asyncio.gather(*wishes, return_exceptions=True)
+        assert sorted(type(one).__name__ for one in done) == ["MoveRefused", "MoveRefused", "int"]
+
+    run(main())
 
 
 # --- leaders ---
