@@ -45,6 +45,7 @@ def test_a_model_becomes_cold_and_its_bytes_leave_after_the_grace(site: Site) ->
     run(main())
     assert {name: site.read(name) for name in FILES} == FILES
     assert site.litter() == []
+    assert run(site.value("SELECT count(*) FROM move_files")) == 0
     row = run(site.value("SELECT (tier, version, files, size_bytes, created_at) FROM model_locations"))
     assert row == ("cold", 1, 5, SIZE, created)
     assert run(site.value("SELECT (done_bytes, size_bytes) FROM moves")) == (SIZE, SIZE)
@@ -368,6 +369,24 @@ def test_a_damaged_object_is_found_before_anything_is_switched(site: Site) -> No
     assert "damaged" in str(run(site.move())[2])
     assert site.snapshot() == before
     assert {name: site.read(name) for name in FILES} == FILES
+
+
+def test_an_object_that_somebody_wrote_over_is_not_taken_for_ours(site: Site) -> None:
+    """Whole, and with the right checksums, but not what was copied."""
+    before = site.snapshot()
+    (site.root / "other").write_bytes(b"other")
+
+    def write_over(effect: str) -> None:
+        if effect == "committed copied":
+            site.store.put_file(BUCKET, object_key(MODEL, 1, b"unet/weights.bin"), site.root / "other", 5)
+
+    async def main() -> None:
+        async with site.leading(Fate(0, write_over)) as moves:
+            assert await moves.advance(await moves.demote(MODEL, "test")) is MoveState.ABANDONED
+
+    run(main())
+    assert "damaged" in str(run(site.move())[2])
+    assert site.snapshot() == before
 
 
 def test_an_object_that_is_there_already_is_never_written_over(site: Site) -> None:

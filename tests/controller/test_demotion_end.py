@@ -98,6 +98,7 @@ def test_bytes_of_a_file_that_was_removed_and_written_to_are_kept(site: Site) ->
     stub_path(site.model / "unet/weights.bin").unlink()
     assert run(delete(site)) is MoveState.DONE
     assert site.trash() == ["1/unet/weights.bin"]
+    assert run(site.value("SELECT array_agg(path) FROM move_files")) == [b"unet/weights.bin"]
     assert run(site.value("SELECT reason FROM move_events WHERE event = 'kept in the trash'")).endswith("written to")
 
 
@@ -151,6 +152,8 @@ def test_undo_leaves_no_trace(site: Site) -> None:
     assert site.snapshot() == before
     assert {name: (site.model / name).stat().st_ino for name in FILES} == inodes
     assert site.litter() == []
+    assert list(site.model.rglob(".tierd")) == []
+    assert run(site.value("SELECT count(*) FROM move_files")) == 0
     assert run(site.value("SELECT (tier, created_at) FROM model_locations")) == ("hot", created)
     assert run(site.value("SELECT array_agg(kind || ' ' || state ORDER BY id) FROM moves")) == [
         "demote abandoned",
@@ -195,6 +198,14 @@ def test_undo_keeps_what_users_changed_meanwhile(site: Site) -> None:
         )
     )
     assert left == ["'config.json'", "'model-1.safetensors'", "'unet/weights.bin'"]
+
+
+def test_a_link_that_a_user_made_to_a_cold_file_stays_one(site: Site) -> None:
+    run(demote(site))
+    os.link(stub_path(site.model / "config.json"), stub_path(site.model / "linked"))
+    assert run(undo(site)) is MoveState.DONE
+    assert site.read("linked") == FILES["config.json"]
+    assert site.hot_names() == {*FILES, "unet/same.safetensors"}
 
 
 def test_the_trash_keeps_what_the_store_lost(site: Site) -> None:

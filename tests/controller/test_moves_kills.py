@@ -118,6 +118,10 @@ CASES = {
 }
 
 
+RARE = ("renamed", "object lost")
+"""Tried in the campaign."""
+
+
 class Bench:
     """One model for each kill, all in one source."""
 
@@ -203,7 +207,9 @@ def site(schema: str, tmp_path: Path) -> Site:
     return site_of(tmp_path, schema, lease_reports=False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["demote", "delete", "undo", "abandon", *(pytest.param(name, marks=pytest.mark.campaign) for name in RARE)]
+)
 def test_killed_between_any_two_effects(name: str, site: Site) -> None:
     case = CASES[name]
 

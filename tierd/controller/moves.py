@@ -18,7 +18,7 @@ from tierd.controller.db import Database
 from tierd.controller.demotion import Demotion
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.leader import NotLeaderError
-from tierd.controller.move_books import Move, StateChanged, add_move, hold, note, read_move, set_state
+from tierd.controller.move_books import Move, StateChanged, add_move, forget_files, hold, note, read_move, set_state
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.move_workshop import MoveSettings, Workshop
 from tierd.controller.promotion import Promotions
@@ -179,7 +179,9 @@ class Moves:
                 attempts = await connection.fetchval(
                     sql.NOTE_ERROR, move.id, str(error), 0 if waits else 1, books.epoch
                 )
-                if attempts >= self._shop.settings.attempts and move.state in UNTOUCHED:
+                ends = move.kind is not MoveKind.UNDO and move.state in UNTOUCHED
+                if ends and attempts >= self._shop.settings.attempts:
+                    await forget_files(connection, move.id)
                     await set_state(connection, books, move, MoveState.FAILED, str(error))
                     return MoveState.FAILED
                 await note(connection, move.id, move.subject, "waiting" if waits else "failing", str(error))
