@@ -296,21 +296,21 @@ def test_a_model_that_is_wanted_before_the_switch_stays(query: str, says: str, b
     before = site.snapshot()
     effects = effects_until_switch(site)
 
-    async def main() -> None:
-        for number in range(effects.index("committed plan") + 1, len(effects) + 1):
-            fate = Fate(0, lambda _: site.meanwhile(query) if len(fate.effects) == number else None)  # noqa: B023
-            async with site.leading(fate) as moves:
-                move = await moves.demote(MODEL, "test", by_hand=by_hand)
-                assert await moves.advance(move) is MoveState.ABANDONED, effects[number - 1]
-            assert says in str((await site.move())[2])
-            assert site.snapshot() == before
-            await site.execute("DELETE FROM node_leases")
-            await site.execute("UPDATE model_locations SET pinned = false")
-        own = "SELECT count(*) = count(DISTINCT version) FROM moves WHERE kind = 'demote'"
-        assert await site.value(own), "each has a version of its own"
-        assert await site.value("SELECT tier FROM model_locations") == "hot"
+    async def one(number: int) -> None:
+        fate = Fate(0, lambda _: site.meanwhile(query) if len(fate.effects) == number else None)
+        async with site.leading(fate) as moves:
+            move = await moves.demote(MODEL, "test", by_hand=by_hand)
+            assert await moves.advance(move) is MoveState.ABANDONED, effects[number - 1]
+        assert says in str((await site.move())[2])
+        assert site.snapshot() == before
+        await site.execute("DELETE FROM node_leases")
+        await site.execute("UPDATE model_locations SET pinned = false")
 
-    run(main())
+    for number in range(effects.index("committed plan") + 1, len(effects) + 1):
+        run(one(number))
+    own = "SELECT count(*) = count(DISTINCT version) FROM moves WHERE kind = 'demote'"
+    assert run(site.value(own)), "each has a version of its own"
+    assert run(site.value("SELECT tier FROM model_locations")) == "hot"
 
 
 def test_by_hand_a_read_does_not_stop_it(site: Site) -> None:

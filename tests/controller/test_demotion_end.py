@@ -91,6 +91,17 @@ def test_what_was_written_in_the_last_moment_comes_back(site: Site) -> None:
     assert len(written) == len(FILES["unet/weights.bin"])
 
 
+def test_a_write_with_a_restored_mtime_is_found(site: Site) -> None:
+    path = site.model / "unet/weights.bin"
+    mtime_ns = path.stat().st_mtime_ns
+    with path.open("r+b", buffering=0) as file:
+        run(demote(site))
+        file.write(b"other")
+        os.utime(file.fileno(), ns=(mtime_ns, mtime_ns))
+        assert run(delete(site)) is MoveState.DONE
+    assert path.read_bytes() == b"other" + FILES["unet/weights.bin"][5:]
+
+
 def test_bytes_of_a_file_that_was_removed_and_written_to_are_kept(site: Site) -> None:
     with (site.model / "unet/weights.bin").open("ab") as file:
         run(demote(site))
