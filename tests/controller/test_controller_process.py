@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.controller.controllers import Site, running, until
+from tests.controller.controllers import Controller, Site, running, until
 
 
 @pytest.fixture
@@ -95,3 +96,65 @@ def test_a_model_that_nobody_reads_is_demoted_and_a_killed_leader_changes_nothin
             {"model_id": "models/llama-7b", "tier": "cold", "size_bytes": 20_000},
             {"model_id": "models/org/mistral", "tier": "hot", "size_bytes": 20_000},
         ]
+
+
+# --- in the middle of a move ---
+
+
+def slow(site: Site, bandwidth: int = 1 << 20) -> dict[str, object]:
+    """An object store that takes half a minute for the models of this test."""
+    return {"objects": {"directory": str(site.objects), "bandwidth": bandwidth}}
+
+
+@pytest.fixture
+def moving(site: Site) -> Iterator[Controller]:
+    """A controller that is copying a model, for a job that somebody asked for."""
+    site.model("models/llama-7b", size=16 << 20)
+    assert site.tierd("job", "scan-catalogue").returncode == 0
+    site.grow_old()
+    with running(site, **slow(site)) as controller:
+        controller.wait_for("leading")
+        site.ask("INSERT INTO job_runs (job, state, requested_by) VALUES ('cleanup-unused-models', 'requested', 'me')")
+        until(lambda: site.ask("SELECT FROM moves WHERE state = 'copying'"), what=controller.text)
+        yield controller
+
+
+def is_cold(site: Site) -> bool:
+    return bool(site.ask("SELECT FROM model_locations WHERE tier = 'cold'"))
+
+
+def runs_of(site: Site) -> list[str]:
+    return [row["state"] for row in site.ask("SELECT state FROM job_runs WHERE job = 'cleanup-unused-models'")]
+
+
+def test_sigterm_in_the_middle_of_a_move_leaves_it_resumable(site: Site, moving: Controller) -> None:
+    assert moving.end() == 0
+    assert moving.log()[-1]["event"] == "stopped"
+    assert site.value("SELECT state FROM moves") == "copying"
+    assert runs_of(site) == ["interrupted"]
+    assert (site.source / "models/llama-7b/part-0.safetensors").stat().st_size == 16 << 20
+    with running(site) as other:
+        other.wait_for("leading")
+        until(lambda: is_cold(site), what=other.text)
+    assert site.value("SELECT count(*) FROM moves") == 1
+    assert runs_of(site) == ["interrupted"], "it is not repeated: its move went on"
+
+
+def test_sigkill_in_the_middle_of_a_move_leaves_it_resumable(site: Site, moving: Controller) -> None:
+    with running(site) as other:
+        other.wait_for("standby")
+        moving.kill()
+        other.wait_for("leading", seconds=10)
+        until(lambda: is_cold(site), what=other.text)
+        assert other.wait_for("job_interrupted")["job"] == "cleanup-unused-models"
+    assert site.value("SELECT count(*) FROM moves") == 1
+
+
+def test_a_leader_that_loses_its_session_in_the_middle_of_a_move_goes_on_after_it_leads_again(
+    site: Site, moving: Controller
+) -> None:
+    site.ask("SELECT pg_terminate_backend(backend_pid) FROM leader")
+    moving.wait_for("leadership_lost")
+    assert moving.wait_for("leading", count=2)["epoch"] == site.value("SELECT epoch FROM leader")
+    assert site.value("SELECT state FROM moves") == "copying"
+    assert runs_of(site) == ["interrupted"]

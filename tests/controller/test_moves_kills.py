@@ -5,7 +5,10 @@ Every effect is tried: each call that changes the source, each object, each tran
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.controller.fate import Fate, Killed
+from tests.controller.house import REPOSITORY, environment
 from tests.controller.moving import Site, site_of
 from tests.servers import run
 from tierd.controller.move_file import MoveRefused
@@ -68,6 +72,8 @@ class Case:
     prepare: Callable[[Site, Moves], Awaitable[None]] | None = None
     meddle: Callable[[Site, str], None] = lambda site, effect: None
     changed: str = ""
+    renamed: str = ""
+    lost: str = ""
 
 
 def append_once(site: Site, effect: str) -> None:
@@ -94,12 +100,21 @@ def write_to_trash_once(site: Site, effect: str) -> None:
                     file.write(b"+")
 
 
+async def demote_and_lose(site: Site, moves: Moves) -> None:
+    """The object store loses an object within the grace."""
+    await demote(site, moves)
+    for path in (site.root / "objects").glob(f"*/{site.model_id}/v1/config.json"):
+        path.unlink()
+
+
 CASES = {
     "demote": Case(demote, ["in_grace"], "cold"),
     "delete": Case(demote_and_delete, ["done"], "cold", prepare=demote),
     "undo": Case(undo, ["abandoned", "done"], "hot", prepare=demote),
     "promote": Case(promote, ["done", "done"], "hot", prepare=demote_and_delete),
     "abandon": Case(demote, ["abandoned"], "hot", meddle=append_once, changed="unet/weights.bin"),
+    "renamed": Case(demote, ["abandoned"], "hot", meddle=rename_once, renamed="unet/weights.bin"),
+    "object lost": Case(demote_and_delete, ["abandoned"], "hot", prepare=demote_and_lose, lost="config.json"),
 }
 
 
@@ -141,6 +156,9 @@ class Bench:
         assert await site.value(query, site.model_id) == case.states
         found = site.snapshot()
         names = {name if case.tier == "hot" else cold_name(name) for name in NAMES if name != "empty"} | {"empty"}
+        if case.renamed:
+            names = names - {case.renamed} | {f"{case.renamed}.old"}
+            assert (site.model / f"{case.renamed}.old").read_bytes() == bytes_of(case.renamed)
         assert {name for name in found if name.startswith(("config", "model", "unet/", "empty", ".tierd"))} == names
         for name in names - {case.changed}:
             mode, _, _, (mtime_ns, links), xattrs = found[name]
@@ -161,6 +179,11 @@ def cold_name(name: str) -> str:
 def assert_bytes(site: Site, case: Case) -> None:
     """Each file is there, and right."""
     for name in NAMES:
+        if name == case.lost and name not in site.hot_names():
+            assert list((site.source / ".tierd/trash").glob(f"*/{name}")), name
+            continue
+        if name == case.renamed and not (site.model / name).exists():
+            continue
         found = site.read(name)
         right = bytes_of(name)
         assert found == right or (name == case.changed and found == right + b"+"), name
@@ -200,3 +223,29 @@ def test_killed_between_any_two_effects(name: str, site: Site) -> None:
         return effects
 
     assert len(run(main())) > 20
+
+
+KILLS = 5
+"""Processes that are killed in each case, spread over its effects."""
+
+
+@pytest.mark.parametrize("name", ["demote", "delete", "undo", "abandon"])
+def test_a_process_that_is_killed(name: str, site: Site) -> None:
+    """The same with the real thing, at some of the effects."""
+    case = CASES[name]
+
+    async def main() -> None:
+        bench = Bench(site, case)
+        count = len(await bench.one(0, lambda one, last: leave(one, last, case)))
+
+        async def kill(one: Site, last: int) -> list[str]:
+            words = [str(one.root), one.dsn, one.model_id, name, str(last)]
+            child = [sys.executable, "-m", "tests.controller.move_child", *words]
+            process = await asyncio.create_subprocess_exec(*child, env=environment({}), cwd=REPOSITORY)
+            assert await process.wait() == -signal.SIGKILL
+            return []
+
+        for number in range(KILLS):
+            await bench.one(1 + (2 * number + 1) * count // (2 * KILLS), kill)
+
+    run(main())

@@ -67,9 +67,11 @@ class Carrier:
 
     async def carry(self, move: int) -> str:
         """Carry a move on as far as it can go now; its state. Raises NotLeaderError, DatabaseError."""
-        async with self._database.connection() as connection:
-            kind = await connection.fetchval(_KIND, move)
-        task = self._running.get(move) or self._start(move, kind)
+        task = self._running.get(move)
+        if task is None:
+            async with self._database.connection() as connection:
+                kind = await connection.fetchval(_KIND, move)
+            task = self._running.get(move) or self._start(move, kind)
         return await asyncio.shield(task)
 
     async def close(self) -> None:

@@ -77,7 +77,11 @@ class ColdCopy:
         return FileNews(moved.file.path, FileState.VERIFIED)
 
     def missing(self, files: Sequence[MoveFile]) -> str:
-        """What the store no longer has, as far as it says without reading objects; empty if all is there."""
+        """What the store no longer has, as far as it says without reading objects; empty if all is there.
+
+        Raises ObjectError, also if there is no such bucket: then it is the store that is not there.
+        """
+        next(iter(self._store.list(self._bucket, self.manifest_key)), None)
         if not self._manifest_is_there():
             return "its manifest"
         return next((f"the object of {shown(moved.file.path)}" for moved in files if not self._is_there(moved)), "")

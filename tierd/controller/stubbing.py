@@ -148,7 +148,7 @@ class Stubbing:
     def take(self, moving: MoveFile) -> int:
         """Put the stub of a file in its place, and the file into the trash; its time of change there.
 
-        Raises ChangedMeanwhile if it is not the file that was copied: then it is where it was, or will be put back there.
+        Raises ChangedMeanwhile if it is not the file that was copied: then it is where it was, or can be put back there.
         """
         file = moving.file
         ctime_ns = file.ctime_ns
