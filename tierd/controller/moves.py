@@ -19,13 +19,14 @@ from tierd.controller.demotion import Demotion
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.importing import Importing
 from tierd.controller.leader import NotLeaderError
-from tierd.controller.move_books import Move, StateChanged, add_move, hold, note, read_move, set_state
+from tierd.controller.move_books import Move, StateChanged, add_move, forget_files, hold, note, read_move, set_state
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.move_workshop import MoveSettings, Workshop
 from tierd.controller.promotion import Promotions
 from tierd.controller.returning import Returning, begin_abandoning
 from tierd.controller.steps import FINAL, UNTOUCHED, MoveKind, MoveState
 from tierd.controller.stubbing import At
+from tierd.controller.wasted import clean_up
 from tierd.errors import TierdError
 from tierd.objects.keys import shown, validate_model_id
 from tierd.objects.store import ObjectStore
@@ -45,8 +46,8 @@ def _nowhere(effect: str) -> None:
 class Moves:
     """See the module. For one leader: `epoch` is its own.
 
-    Contract: `advance` and `resume_all` are called by one task at a time, everything else at any time. To stop, close
-    the store and cancel: a task ends when its threads have ended, and any other process can go on from there.
+    Contract: for any tasks of one event loop; a move is advanced by one of them at a time. To stop, close the store and
+    cancel: a task ends when its threads have ended, and any other process can go on from there.
     NotLeaderError ends everything: whoever gets it must not go on with this object.
     """
 
@@ -171,6 +172,11 @@ class Moves:
         for move_id in await self._shop.books.unfinished():
             await self.advance(move_id)
 
+    async def clean_up(self) -> int:
+        """Remove objects of demotions that were given up before they switched anything: a bounded number of demotions,
+        which is returned. Raises NotLeaderError, DatabaseError, ObjectError."""
+        return await clean_up(self._shop)
+
     async def _note_failure(self, move: Move, error: TierdError | OSError) -> MoveState:
         """It is tried again next time; nothing that could be tried again for ever without any use is."""
         waits = isinstance(error, MoveRefused)  # for somebody to close a file, or for nodes to report
@@ -183,7 +189,9 @@ class Moves:
                 attempts = await connection.fetchval(
                     sql.NOTE_ERROR, move.id, str(error), 0 if waits else 1, books.epoch
                 )
-                if attempts >= self._shop.settings.attempts and move.state in UNTOUCHED:
+                ends = move.kind is not MoveKind.UNDO and move.state in UNTOUCHED
+                if ends and attempts >= self._shop.settings.attempts:
+                    await forget_files(connection, move.id)
                     await set_state(connection, books, move, MoveState.FAILED, str(error))
                     return MoveState.FAILED
                 await note(connection, move.id, move.subject, "waiting" if waits else "failing", str(error))

@@ -100,6 +100,9 @@ FROM unnest($2::bytea[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[])
 WHERE m.move_id = $1 AND m.path = f.path
 """
 
+# What was kept in the trash is still to be found here.
+FORGET_FILES: Final = "DELETE FROM move_files WHERE move_id = $1 AND state <> 'kept'"
+
 SET_PROGRESS: Final = """
 UPDATE moves SET updated_at = now(), done_bytes = (
     SELECT coalesce(sum(size_bytes), 0) FROM move_files WHERE move_id = $1 AND state <> 'planned')
