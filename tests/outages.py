@@ -147,7 +147,7 @@ class Scene:
             told = self.mount.models()["models/local"]["hits"]
             return rows.get("models/local") == told and not self.mount.status()["publish"]["backlog_batches"]
 
-        until(same, DRAIN_SECONDS, lambda: f"{self.mount.status()['publish']} {self.mount.models()}")
+        until(same, DRAIN_SECONDS, lambda: f"{self.mount.status()['publish']} {self.controller.text()}")
 
     def _check_log(self) -> None:
         lines = self.controller.log()[self._lines_judged :]
