@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from tierd.controller.hot_tree import HotTree
 from tierd.controller.leader import begin_epoch
 from tierd.controller.move_workshop import MoveSettings
 from tierd.controller.moves import Moves
+from tierd.controller.steps import MoveState
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import object_key
 from tierd.objects.store import ObjectStore, Stored
@@ -108,6 +111,22 @@ class Site:
             stack.callback(tree.close)
             yield stack.enter_context(Moves(database, tree, self.store, replace(self.settings, **settings), epoch, at))
 
+    def meanwhile(self, query: str, *values: object) -> None:
+        """A statement of somebody else, from within whatever runs."""
+        thread = threading.Thread(target=lambda: asyncio.run(self.execute(query, *values)))
+        thread.start()
+        thread.join()
+
+    async def move(self) -> tuple[str, str | None, str | None]:
+        """State, error and last reason of the latest move of the model."""
+        query = "SELECT id, state, error FROM moves WHERE subject = $1 ORDER BY id DESC LIMIT 1"
+        async with self.connection() as connection:
+            row = await connection.fetchrow(query, self.model_id)
+            reason = await connection.fetchval(
+                "SELECT reason FROM move_events WHERE move_id = $1 ORDER BY id DESC LIMIT 1", row["id"]
+            )
+        return row["state"], row["error"], reason
+
     async def end_grace(self) -> None:
         """As if it were over."""
         await self.execute("UPDATE moves SET grace_until = now() WHERE state = 'in_grace'")
@@ -115,7 +134,7 @@ class Site:
     # --- what is there ---
 
     def read(self, name: str) -> bytes | None:
-        """A file of the model as the overlay has it: hot wins, else what its stub stands for; None if it is not there."""
+        """A file as the overlay has it: hot wins, else what its stub stands for; None if it is not there."""
         path = self.model / name
         if path.is_file() and not path.is_symlink():
             return path.read_bytes()
@@ -125,6 +144,26 @@ class Site:
         if not is_cold(stub.stat()):
             return stub.read_bytes()
         return self.fetch(self.origin(path))
+
+    def snapshot(self) -> dict[str, tuple[object, ...]]:
+        """What the model looks like through the overlay, and which of its files are cold."""
+        found: dict[str, tuple[object, ...]] = {}
+        for path in sorted(self.model.rglob("*")):
+            name = path.relative_to(self.model)
+            if ".tierd" in name.parts and (path.is_dir() or path.parent.name != "cold"):
+                continue
+            st = path.lstat()
+            xattrs = tuple(
+                (one, os.getxattr(path, one, follow_symlinks=False))
+                for one in os.listxattr(path, follow_symlinks=False)
+            )
+            times = () if path.is_dir() or path.is_symlink() else (st.st_mtime_ns, st.st_nlink)
+            found[str(name)] = (oct(st.st_mode), st.st_uid, st.st_gid, times, xattrs)
+        return found
+
+    def litter(self) -> list[str]:
+        """What moves left at the top."""
+        return sorted(str(path.relative_to(self.source)) for path in (self.source / ".tierd").glob("*/*"))
 
     def origin(self, path: Path) -> Origin:
         """What a stub stands for."""
@@ -159,10 +198,22 @@ def stub_path(path: Path) -> Path:
 
 
 def site_of(root: Path, dsn: str, store: ObjectStore | None = None, **settings: Any) -> Site:
-    """One with a model, over a plain directory."""
+    """A new one with a model, over a plain directory."""
     (root / "source").mkdir()
     (root / "objects").mkdir()
-    made = MoveSettings(state_dir=root / "state", settle=0.0, parallel_files=2)
-    site = Site(root, dsn, store or DirectoryStore(root / "objects"), replace(made, **settings))
+    site = opened_site(root, dsn, store, **settings)
     site.make_model()
     return site
+
+
+def opened_site(root: Path, dsn: str, store: ObjectStore | None = None, **settings: Any) -> Site:
+    """One that is there."""
+    made = MoveSettings(state_dir=root / "state", settle=0.0, parallel_files=2)
+    return Site(root, dsn, store or DirectoryStore(root / "objects"), replace(made, **settings))
+
+
+async def demote(site: Site, *, by_hand: bool = False) -> tuple[int, MoveState]:
+    """As far as it goes."""
+    async with site.leading() as moves:
+        move = await moves.demote(site.model_id, "not read for 90 days", by_hand=by_hand)
+        return move, await moves.advance(move)

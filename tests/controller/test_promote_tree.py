@@ -13,10 +13,12 @@ import pytest
 from tests.cold import freeze, stub_of
 from tests.conftest import DirectoryFactory
 from tests.controller.freezing import BUCKET, Frozen, killed_after
+from tierd.controller import cold_tree
+from tierd.controller.hot_tree import HotTree
 from tierd.controller.promote import Promotion, PromotionError, Stopped
 from tierd.errors import TierdError
 from tierd.objects.directory import DirectoryStore
-from tierd.objects.store import ObjectDamaged
+from tierd.objects.store import FileRange, Into, ObjectDamaged
 from tierd.recall import fetch_from, recall
 from tierd.stub_files import is_cold
 from tierd.stubs import Origin
@@ -65,8 +67,7 @@ def _make_model(top: Path) -> None:
 
 def promotion(frozen: Frozen, told: Callable[[int], None] = lambda size: None) -> Promotion:
     """Of the model. The descriptor of the root is left to the process."""
-    root = os.open(frozen.source, os.O_RDONLY | os.O_DIRECTORY)
-    return Promotion(root, MODEL, fetch_from(frozen.store, BUCKET), told)
+    return Promotion(HotTree(frozen.source), MODEL, fetch_from(frozen.store, BUCKET), told)
 
 
 def test_all_of_it_comes_back_and_looks_as_before(anywhere: Frozen) -> None:
@@ -95,8 +96,7 @@ def test_a_model_that_is_one_file(cold: Frozen) -> None:
     (cold.source / "models/other.gguf").write_bytes(b"others")
     cold.freeze("models/one.gguf")
     cold.freeze("models/other.gguf")
-    root = os.open(cold.source, os.O_RDONLY)
-    Promotion(root, "models/one.gguf", fetch_from(cold.store, BUCKET)).run()
+    Promotion(HotTree(cold.source), "models/one.gguf", fetch_from(cold.store, BUCKET)).run()
     assert (cold.source / "models/one.gguf").read_bytes() == b"weights"
     assert not (cold.source / "models/other.gguf").exists(), "the other one stays cold"
     assert stub_of(cold.source / "models/other.gguf").exists()
@@ -120,12 +120,41 @@ def test_one_that_comes_while_the_bytes_do_is_left_alone(cold: Frozen) -> None:
     assert (cold.source / MODEL / "config.json").read_bytes() == b"newer"
 
 
+@pytest.mark.parametrize("move", [cold_tree._move, cold_tree._link])
+def test_no_name_is_ever_taken(cold: Frozen, move: Callable[[cold_tree.Layer, bytes], bool]) -> None:
+    """Not even that of a file which comes between the look and the call."""
+    cold.freeze(MODEL)
+    (cold.source / MODEL / "config.json").write_bytes(b"newer")
+    with cold_tree.opened_layer(HotTree(cold.source), os.fsencode(MODEL)) as layer:
+        assert layer is not None
+        assert not move(layer, b"config.json")
+        assert move(layer, b"1.safetensors")
+    assert (cold.source / MODEL / "config.json").read_bytes() == b"newer"
+    assert stub_of(cold.source / MODEL / "config.json").exists()
+    assert is_cold((cold.source / MODEL / "1.safetensors").stat())
+
+
+def test_what_the_source_holds_is_compared_not_what_was_sent(cold: Frozen) -> None:
+    cold.freeze(MODEL)
+    stub = stub_of(cold.source / MODEL / "1.safetensors")
+    with cold_tree.opened_layer(HotTree(cold.source), os.fsencode(MODEL)) as layer:
+        assert layer is not None
+        origin = cold_tree._origins(layer)[stub.stat().st_ino]
+
+    def lose_a_byte(_: Origin, offset: int, into: Into) -> None:
+        assert isinstance(into, FileRange)
+        os.pwrite(into.fd, b"?" * into.length, offset)
+
+    with pytest.raises(OSError, match="is not what was written to it"):
+        recall(str(stub), origin, lose_a_byte)
+    assert is_cold(stub.stat())
+
+
 def test_renamed_models_bring_what_their_files_stand_for(cold: Frozen) -> None:
     before = cold.looks(MODEL)
     cold.freeze(MODEL, version=3)
     (cold.source / MODEL).rename(cold.source / "models/org/other")
-    root = os.open(cold.source, os.O_RDONLY)
-    Promotion(root, "models/org/other", fetch_from(cold.store, BUCKET)).run()
+    Promotion(HotTree(cold.source), "models/org/other", fetch_from(cold.store, BUCKET)).run()
     assert cold.looks("models/org/other") == before
 
 

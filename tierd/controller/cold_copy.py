@@ -14,13 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from tierd.controller.file_calls import same
 from tierd.controller.hot_scan import Scan, scan
 from tierd.controller.hot_tree import joined, split
 from tierd.controller.move_books import FileNews, Move
 from tierd.controller.move_file import HotFile, MoveFile, MoveRefused
 from tierd.controller.move_workshop import Workshop, subject_of
 from tierd.controller.steps import FileState
-from tierd.controller.stubbing import ChangedMeanwhile, same
+from tierd.controller.stubbing import ChangedMeanwhile
 from tierd.objects.keys import manifest_key, object_key, shown
 from tierd.objects.manifest import Manifest, ManifestDamaged
 from tierd.objects.manifest_text import BYTES_MAX, decode, encode
@@ -76,7 +77,11 @@ class ColdCopy:
         return FileNews(moved.file.path, FileState.VERIFIED)
 
     def missing(self, files: Sequence[MoveFile]) -> str:
-        """What the store no longer has, as far as it says without reading objects; empty if all is there."""
+        """What the store no longer has, as far as it says without reading objects; empty if all is there.
+
+        Raises ObjectError, also if there is no such bucket: then it is the store that is not there.
+        """
+        next(iter(self._store.list(self._bucket, self.manifest_key)), None)
         if not self._manifest_is_there():
             return "its manifest"
         return next((f"the object of {shown(moved.file.path)}" for moved in files if not self._is_there(moved)), "")

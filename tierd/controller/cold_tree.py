@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Final, NamedTuple
 
-from tierd.objects.keys import path_parts
+from tierd.controller.hot_tree import HotTree, split
 from tierd.stub_files import drop_origins, is_cold, read_origins, remove_layer
 from tierd.stubs import ORIGINS, RESERVED, STUBS, Origin
 from tierd.syscalls import RENAME_NOREPLACE, forced_stat, renameat2
@@ -43,25 +43,11 @@ class Layer(NamedTuple):
 
 
 @contextmanager
-def opened_directory(root: int, path: bytes) -> Iterator[int]:
-    """A descriptor of a directory below `root`; the root itself has the empty path. Raises OSError."""
-    fd = os.open(".", _DIRECTORY, dir_fd=root)
-    try:
-        for part in path_parts(path) if path else ():
-            below = os.open(part, _DIRECTORY, dir_fd=fd)
-            os.close(fd)
-            fd = below
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def opened_layer(root: int, path: bytes) -> Iterator[Layer | None]:
+def opened_layer(tree: HotTree, path: bytes) -> Iterator[Layer | None]:
     """The layer of a directory; None if it has none, or is not there."""
     with ExitStack() as opened:
         try:
-            fds = [opened.enter_context(opened_directory(root, path))]
+            fds = [opened.enter_context(tree.directory(path))]
             for name in (RESERVED, STUBS):
                 fds.append(os.open(name, _DIRECTORY, dir_fd=fds[-1]))
                 opened.callback(os.close, fds[-1])
@@ -73,28 +59,29 @@ def opened_layer(root: int, path: bytes) -> Iterator[Layer | None]:
         yield Layer(*fds)
 
 
-def stub_names(root: int, model: bytes) -> Iterator[StubName]:
+def is_directory(tree: HotTree, path: bytes) -> bool:
+    """True if there is one."""
+    with tree.directory_if_there(path) as fd:
+        return fd is not None
+
+
+def stub_names(tree: HotTree, model: bytes) -> Iterator[StubName]:
     """All names of stubs in a model, a directory or a single file, but for those that a hot file hides."""
-    above, _, only = model.rpartition(b"/")
-    try:
-        with opened_directory(root, model):
-            pass
-    except OSError as error:
-        if error.errno not in _ELSEWHERE:
-            raise
-        yield from (stub for stub in _stubs_in(root, above) if stub.name == only)
+    if not is_directory(tree, model):
+        above, only = split(model)
+        yield from (stub for stub in _stubs_in(tree, above) if stub.name == only)
         return
-    for directory in directories(root, model):
-        yield from _stubs_in(root, directory)
+    for directory in directories(tree, model):
+        yield from _stubs_in(tree, directory)
 
 
-def directories(root: int, top: bytes) -> Iterator[bytes]:
+def directories(tree: HotTree, top: bytes) -> Iterator[bytes]:
     """The directory `top` and all below it, but for those that are tierd's own."""
     waiting = [top]
     while waiting:
         path = waiting.pop()
         try:
-            with opened_directory(root, path) as fd, os.scandir(fd) as entries:
+            with tree.directory(path) as fd, os.scandir(fd) as entries:
                 names = [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
         except OSError as error:  # it went meanwhile
             if error.errno not in _ELSEWHERE:
@@ -104,8 +91,8 @@ def directories(root: int, top: bytes) -> Iterator[bytes]:
         waiting.extend(path + b"/" + name if path else name for name in names if name != RESERVED)
 
 
-def _stubs_in(root: int, directory: bytes) -> list[StubName]:
-    with opened_layer(root, directory) as layer:
+def _stubs_in(tree: HotTree, directory: bytes) -> list[StubName]:
+    with opened_layer(tree, directory) as layer:
         if layer is None:
             return []
         origins = _origins(layer)
@@ -138,12 +125,12 @@ def _inode_of(fd: int, name: bytes) -> int | None:
         return None
 
 
-def place(root: int, stub: StubName) -> bool:
+def place(tree: HotTree, stub: StubName) -> bool:
     """Put a stub that has its bytes again where its file was; False if a hot file stands there, which then stays.
 
     Also if it is there already, and only the stub's name is left, or if both are gone. Raises OSError.
     """
-    with opened_layer(root, stub.directory) as layer:
+    with opened_layer(tree, stub.directory) as layer:
         if layer is None:
             return True
         try:
@@ -184,17 +171,17 @@ def _link(layer: Layer, name: bytes) -> bool:
     return True
 
 
-def forget(root: int, directory: bytes, inodes: Collection[int]) -> None:
+def forget(tree: HotTree, directory: bytes, inodes: Collection[int]) -> None:
     """Forget what files stood for that are hot again; and that the directory had stubs, if it has none.
 
     Only origins of those are dropped: one of a stub that is about to come here is not. Raises OSError.
     """
-    with opened_layer(root, directory) as layer:
+    with opened_layer(tree, directory) as layer:
         if layer is not None and inodes:
             os.fsync(layer.directory)  # the names are there before what is known of the stubs goes
             with suppress(FileNotFoundError):
                 drop_origins(layer.base, inodes)
-    with suppress(FileNotFoundError), opened_directory(root, directory) as fd:
+    with suppress(FileNotFoundError), tree.directory(directory) as fd:
         if _inode_of(fd, RESERVED) is None:
             return
         try:
@@ -204,9 +191,9 @@ def forget(root: int, directory: bytes, inodes: Collection[int]) -> None:
                 raise
 
 
-def open_stub(root: int, stub: StubName) -> int | None:
+def open_stub(tree: HotTree, stub: StubName) -> int | None:
     """A descriptor (O_PATH) of a stub; None if its name means something else by now, or nothing."""
-    with opened_layer(root, stub.directory) as layer:
+    with opened_layer(tree, stub.directory) as layer:
         if layer is None:
             return None
         try:

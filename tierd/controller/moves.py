@@ -8,6 +8,7 @@ ends half way. Which models should move is policy, and not decided here.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Final, Self
 
 import structlog
@@ -20,6 +21,7 @@ from tierd.controller.leader import NotLeaderError
 from tierd.controller.move_books import Move, StateChanged, add_move, hold, note, read_move, set_state
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.move_workshop import MoveSettings, Workshop
+from tierd.controller.promotion import Promotions
 from tierd.controller.returning import Returning, begin_abandoning
 from tierd.controller.steps import FINAL, UNTOUCHED, MoveKind, MoveState
 from tierd.controller.stubbing import At
@@ -59,9 +61,11 @@ class Moves:
         self._shop = Workshop(database, tree, store, settings, epoch, at)
         self._returning = Returning(self._shop)
         self._demotion = Demotion(self._shop, self._returning)
+        self._promotions = Promotions(self._shop)
         self._steps: dict[MoveKind, Mapping[MoveState, Step]] = {
             MoveKind.DEMOTE: self._demotion.steps,
             MoveKind.UNDO: self._returning.undo_steps,
+            MoveKind.PROMOTE: self._promotions.steps,
         }
 
     def __enter__(self) -> Self:
@@ -79,6 +83,21 @@ class Moves:
         Raises MoveRefused, UsageError.
         """
         return await self._demotion.plan(model_id, reason, by_hand=by_hand)
+
+    async def promote(self, model_id: str, reason: str, *, by_hand: bool = False) -> int:
+        """Plan to bring a model back to the hot tier; the move's ID: an undo while its files are still in the trash.
+
+        Raises MoveRefused, PromotionError, UsageError.
+        """
+        if await self._is_in_grace(model_id):
+            with suppress(MoveRefused):  # it may end this moment
+                return await self.undo(model_id, reason)
+        return await self._promotions.plan(model_id, reason, by_hand=by_hand)
+
+    async def _is_in_grace(self, model_id: str) -> bool:
+        async with self._shop.books.writing() as connection:
+            found = await connection.fetchrow(sql.LATEST_DEMOTION, model_id)
+            return found is not None and found["state"] == MoveState.IN_GRACE
 
     async def undo(self, model_id: str, reason: str = "by hand") -> int:
         """Take back the latest demotion of a model; the ID of the move that does so: the demotion itself as long as

@@ -106,6 +106,8 @@ UPDATE moves SET updated_at = now(), done_bytes = (
 WHERE id = $1
 """
 
+SET_DONE_BYTES: Final = "UPDATE moves SET done_bytes = $2, updated_at = now() WHERE id = $1"
+
 # created_at is not among what changes: age goes on.
 SET_COLD: Final = """
 UPDATE model_locations SET tier = 'cold', version = $2, files = $3, size_bytes = $4 WHERE model_id = $1

@@ -19,6 +19,7 @@ import structlog
 
 from tierd.controller import cold_tree
 from tierd.controller.cold_tree import StubName
+from tierd.controller.hot_tree import HotTree, split
 from tierd.errors import TierdError
 from tierd.recall import Fetch, recall
 from tierd.stubs import Origin
@@ -51,16 +52,24 @@ class Need(NamedTuple):
 
 
 class Promotion:
-    """One model of the source whose root is the descriptor `root`. `told` hears of bytes that came, in any thread.
+    """One model of the source. `told` hears of bytes that came, `at` of each effect before and after it; any thread.
 
     Contract: `run` once; `stop` from any thread.
     """
 
-    def __init__(self, root: int, model_id: str, fetch: Fetch, told: Callable[[int], None] = lambda size: None) -> None:
-        self._root = root
+    def __init__(
+        self,
+        tree: HotTree,
+        model_id: str,
+        fetch: Fetch,
+        told: Callable[[int], None] = lambda size: None,
+        at: Callable[[str], None] = lambda effect: None,
+    ) -> None:
+        self._tree = tree
         self._model = os.fsencode(model_id)
         self._fetch = fetch
         self._told = told
+        self._at = at
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -69,13 +78,19 @@ class Promotion:
 
     def need(self) -> Need:
         """What would be brought. Raises PromotionError if the bytes of a file cannot be found."""
-        return _need(list(cold_tree.stub_names(self._root, self._model)))
+        return _need(list(cold_tree.stub_names(self._tree, self._model)))
+
+    def require_space(self) -> Need:
+        """The same, if there is room for it. Raises PromotionError."""
+        need = self.need()
+        self._require_space(need)
+        return need
 
     def run(self) -> Need:
         """Bring all; how much that was. Raises PromotionError, ObjectError, OSError, Stopped."""
         done = Need(0, 0)
         for _ in range(_ROUNDS_MAX):
-            names = list(cold_tree.stub_names(self._root, self._model))
+            names = list(cold_tree.stub_names(self._tree, self._model))
             if not names:
                 self._clear()
                 return done
@@ -90,7 +105,8 @@ class Promotion:
         )
 
     def _require_space(self, need: Need) -> None:
-        found = os.fstatvfs(self._root)
+        with self._tree.directory(b"") as top:
+            found = os.fstatvfs(top)
         free = found.f_bavail * found.f_frsize
         reserve = int(found.f_blocks * found.f_frsize * RESERVE_SHARE)
         if need.bytes and free - need.bytes < reserve:
@@ -124,10 +140,13 @@ class Promotion:
                     future.cancel()
 
     def _bring_one(self, stub: StubName, ranges: ThreadPoolExecutor) -> None:
-        with _path_of(self._root, stub) as path:
+        with _path_of(self._tree, stub) as path:
             if path is None or stub.origin is None:
                 return  # it went, or moved: the next round sees
-            if recall(path, stub.origin, self._fetch, self._progress, ranges):
+            self._at("bring")
+            brought = recall(path, stub.origin, self._fetch, self._progress, ranges)
+            self._at("brought")
+            if brought:
                 model, version = display(os.fsencode(stub.origin.model_id)), stub.origin.version
                 log.info("promoted_file", model=model, version=version, path=display(stub.origin.path))
 
@@ -144,15 +163,19 @@ class Promotion:
         placed: defaultdict[bytes, set[int]] = defaultdict(set)
         for stub in names:
             self._go_on()
-            if cold_tree.place(self._root, stub):
+            self._at("place")
+            if cold_tree.place(self._tree, stub):
                 placed[stub.directory].add(stub.inode)
+            self._at("placed")
         for directory, inodes in placed.items():
-            cold_tree.forget(self._root, directory, inodes)
+            self._at("forget")
+            cold_tree.forget(self._tree, directory, inodes)
+            self._at("forgot")
 
     def _clear(self) -> None:
         """What is left of layers that have no stubs, by one that was killed."""
-        for directory in cold_tree.directories(self._root, self._model):
-            cold_tree.forget(self._root, directory, ())
+        for directory in (split(self._model)[0], *cold_tree.directories(self._tree, self._model)):
+            cold_tree.forget(self._tree, directory, ())
 
 
 def _need(names: Sequence[StubName]) -> Need:
@@ -169,9 +192,9 @@ def _need(names: Sequence[StubName]) -> Need:
 
 
 @contextmanager
-def _path_of(root: int, stub: StubName) -> Iterator[str | None]:
+def _path_of(tree: HotTree, stub: StubName) -> Iterator[str | None]:
     """A path that leads to this inode only; None if the name means something else by now."""
-    fd = cold_tree.open_stub(root, stub)
+    fd = cold_tree.open_stub(tree, stub)
     try:
         yield None if fd is None else f"/proc/self/fd/{fd}"
     finally:

@@ -13,12 +13,13 @@ from typing import Final
 
 from tierd.controller import moves_sql as sql
 from tierd.controller.cold_copy import ColdCopy, sha256_of
+from tierd.controller.file_calls import same
 from tierd.controller.hot_tree import split
 from tierd.controller.move_books import FileNews, Move, StateChanged, note, read_files, set_files, set_state
 from tierd.controller.move_file import MoveFile
 from tierd.controller.move_workshop import Fence, Workshop, subject_of
 from tierd.controller.steps import FileState, MoveState
-from tierd.controller.stubbing import Stubbing, same
+from tierd.controller.stubbing import Stubbing
 from tierd.objects.keys import shown
 from tierd.syscalls import forced_stat
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from typing import Final
 
-from tierd.controller.hot_scan import Subject, read_xattrs
+from tierd.controller.file_calls import alike, copy_attributes, equal, opened, opened_directory, same
+from tierd.controller.hot_scan import Subject
 from tierd.controller.hot_tree import HotTree, joined, split, stat_of
 from tierd.controller.move_file import HotFile, MoveFile
 from tierd.controller.steps import FileState
@@ -31,19 +31,12 @@ from tierd.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 
 TRASH: Final = RESERVED + b"/trash"
 DRAFTS: Final = RESERVED + b"/drafts"
-_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_FREE_MODE_BITS: Final = 0o7777 & ~COLD_MARK
-
 At = Callable[[str], None]
 """Is told of each effect, before and after it; tests end the process there."""
 
 
 class ChangedMeanwhile(Exception):
     """A file is not, or is no longer, the one that was copied; `str()` says which and how."""
-
-
-class NotYetCompared(Exception):
-    """A file is in the trash, and whether it is the one that was copied can only be told by its bytes."""
 
 
 class Stubbing:
@@ -89,13 +82,13 @@ class Stubbing:
     def _make(self, file: HotFile, drafts: int, name: bytes) -> int:
         above, leaf = split(file.path)
         with self._tree.directory_if_there(joined(self._base, above)) as hot:
-            source = _opened(hot, leaf) if hot is not None else -1
+            source = opened(hot, leaf) if hot is not None else -1
         if source < 0:
             raise ChangedMeanwhile(f"{shown(file.path)} went")
         try:
             stub = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=drafts)
             try:
-                _copy_attributes(source, stub, COLD_MARK)
+                copy_attributes(source, stub, COLD_MARK)
                 os.fsync(stub)
                 return os.fstat(stub).st_ino
             finally:
@@ -111,7 +104,7 @@ class Stubbing:
             self._at("made layer")
             base = os.open(RESERVED, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             try:
-                with _opened_directory(base, ORIGINS) as known:
+                with opened_directory(base, ORIGINS) as known:
                     said = read_origins(known)
                     if all(said.get(inode) == origin for inode, origin in origins.items()):
                         return False
@@ -130,13 +123,13 @@ class Stubbing:
         with self._tree.directory(joined(self._base, RESERVED + b"/" + ORIGINS)) as fd:
             self._at("write manifest copy")
             draft = name + b".new"
-            opened = os.open(
+            file_fd = os.open(
                 draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=fd
             )
-            with open(opened, "wb") as file:
+            with open(file_fd, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(opened)
+                os.fsync(file_fd)
             os.rename(draft, name, src_dir_fd=fd, dst_dir_fd=fd)
             os.fsync(fd)
             self._at("wrote manifest copy")
@@ -155,7 +148,7 @@ class Stubbing:
     def take(self, moving: MoveFile) -> int:
         """Put the stub of a file in its place, and the file into the trash; its time of change there.
 
-        Raises ChangedMeanwhile if it is not the file that was copied (then it is where it was), NotYetCompared.
+        Raises ChangedMeanwhile if it is not the file that was copied: then it is where it was, or can be put back there.
         """
         file = moving.file
         ctime_ns = file.ctime_ns
@@ -163,7 +156,7 @@ class Stubbing:
             if self._look(*self._in_trash(name)) is not None:  # by somebody who did not come to say so
                 compared_ns = self._stat_in_trash(name).st_ctime_ns
                 if compared_ns != moving.trash_ctime_ns:
-                    raise NotYetCompared
+                    raise ChangedMeanwhile(f"{shown(name)} changed in the trash")
                 ctime_ns = compared_ns
         for name in file.names():
             if self._look(*self._in_trash(name)) is None:
@@ -178,7 +171,7 @@ class Stubbing:
         ):
             if hot is None:
                 raise ChangedMeanwhile(f"the directory of {shown(name)} went")
-            self._expect(moving, hot, name, ctime_ns)
+            before = self._expect(moving, hot, name, ctime_ns)
             self._place(name, moving)
             self._at("take")
             try:
@@ -189,8 +182,7 @@ class Stubbing:
             self._at("took")
             self._touched |= {joined(self._base, above), joined(self.trash, above), self._layer_of(name)}
             st = self._stat_in_trash(name)
-            stub = self._look(self._layer_of(name), leaf)
-            if not same(st, moving.file) or (_is(stub, moving.stub) and stub is not None and not _alike(st, stub)):
+            if not same(st, moving.file) or not alike(st, before):
                 self._at("give back")
                 with suppress(FileExistsError):  # then both are kept, the newer one in its place
                     renameat2(trash, leaf, hot, leaf, RENAME_NOREPLACE)
@@ -199,7 +191,7 @@ class Stubbing:
                 raise ChangedMeanwhile(f"{shown(name)} changed")
             return st.st_ctime_ns
 
-    def _expect(self, moving: MoveFile, hot: int, name: bytes, ctime_ns: int) -> None:
+    def _expect(self, moving: MoveFile, hot: int, name: bytes, ctime_ns: int) -> os.stat_result:
         st = stat_of(hot, split(name)[1])
         if st is None:
             self.drop_stub(moving, name)
@@ -207,6 +199,7 @@ class Stubbing:
         if not same(st, moving.file) or st.st_ctime_ns != ctime_ns:
             self.drop_stub(moving, name)
             raise ChangedMeanwhile(f"{shown(name)} changed")
+        return st
 
     def _place(self, name: bytes, moving: MoveFile) -> None:
         """The stub goes into the layer. One that lies there is hidden by the file, and so nobody's: it goes beside."""
@@ -305,16 +298,15 @@ class Stubbing:
         return ""
 
     def _follow_stub(self, moving: MoveFile, layer: int, leaf: bytes, trash: int) -> None:
-        stub, file = _opened(layer, leaf), _opened(trash, leaf)
+        stub, file = opened(layer, leaf), opened(trash, leaf)
         if stub < 0 or file < 0:
             return
         try:
-            have, want = os.fstat(file), os.fstat(stub)
-            if _alike(have, want) and have.st_mtime_ns == want.st_mtime_ns and read_xattrs(file) == read_xattrs(stub):
+            if equal(file, stub):
                 return
             self._at("attributes")
             # What was written to it through an old descriptor is newer than its stub.
-            _copy_attributes(stub, file, 0, times=same(have, moving.file))
+            copy_attributes(stub, file, 0, times=same(os.fstat(file), moving.file))
             self._at("gave attributes")
         finally:
             os.close(stub)
@@ -337,11 +329,11 @@ class Stubbing:
         for name in self.in_trash(file):
             above, leaf = self._in_trash(name)
             with self._tree.directory(above) as fd:
-                opened = _opened(fd, leaf)
+                file_fd = opened(fd, leaf)
             try:
-                yield opened
+                yield file_fd
             finally:
-                os.close(opened)
+                os.close(file_fd)
             return
         yield None
 
@@ -392,57 +384,9 @@ class Stubbing:
             return stat_of(fd, name) if fd is not None else None
 
 
-def same(st: os.stat_result, file: HotFile) -> bool:
-    """Size, time of modification, inode, links: whether it is the file that was copied, but for its attributes."""
-    return (st.st_ino, st.st_size, st.st_mtime_ns) == (file.inode, file.size, file.mtime_ns) and stat.S_ISREG(
-        st.st_mode
-    )
-
-
 def _is(st: os.stat_result | None, inode: int | None) -> bool:
     return st is not None and st.st_ino == inode
 
 
-def _alike(one: os.stat_result, other: os.stat_result) -> bool:
-    """Mode and owner, the mark apart."""
-    return (one.st_mode & ~COLD_MARK, one.st_uid, one.st_gid) == (
-        other.st_mode & ~COLD_MARK,
-        other.st_uid,
-        other.st_gid,
-    )
-
-
 def _draft_name(name: bytes) -> bytes:
     return blake2b(name, digest_size=16).hexdigest().encode()
-
-
-def _opened(fd: int, name: bytes) -> int:
-    """A descriptor for reading; -1 if there is no such file."""
-    try:
-        return os.open(name, _FILE, dir_fd=fd)
-    except FileNotFoundError:
-        return -1
-
-
-@contextmanager
-def _opened_directory(fd: int, name: bytes) -> Iterator[int]:
-    opened = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-    try:
-        yield opened
-    finally:
-        os.close(opened)
-
-
-def _copy_attributes(source: int, target: int, mark: int, *, times: bool = True) -> None:
-    """Owner, extended attributes, mode and times, in an order in which none undoes another."""
-    st = os.fstat(source)
-    os.fchown(target, st.st_uid, st.st_gid)
-    wanted = dict(read_xattrs(source))
-    for name, _ in read_xattrs(target):
-        if name not in wanted:
-            os.removexattr(target, name)
-    for name, value in wanted.items():
-        os.setxattr(target, name, value)
-    os.fchmod(target, st.st_mode & _FREE_MODE_BITS | mark)
-    if times:
-        os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
