@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import manifest_key, object_key
 from tierd.objects.manifest_text import decode
 from tierd.stub_files import make_layer
-from tierd.stubs import COLD_MARK
+from tierd.stubs import COLD_MARK, Origin, encode
 
 SIZE = sum(map(len, FILES.values()))
 
@@ -124,7 +125,66 @@ def test_files_that_are_cold_stay_what_they_are(site: Site) -> None:
     assert {name: site.read(name) for name in FILES} == FILES
     assert site.read("more.bin") == b"more"
     assert site.origin(site.model / "more.bin").version == 2
+    manifest = decode((site.root / "objects" / BUCKET / manifest_key(MODEL, 2)).read_bytes())
+    found = {entry.path: entry for entry in manifest.files}
+    assert set(found) == {*(name.encode() for name in FILES), b"unet/same.safetensors", b"more.bin"}
+    assert {path for path, entry in found.items() if entry.elsewhere is None} == {b"more.bin", b"empty"}
+    one = found[b"unet/same.safetensors"]
+    assert one.elsewhere == (MODEL, 1, b"model-2.safetensors")
+    assert (one.size, one.attributes.mode) == (len(FILES["model-2.safetensors"]), 0o640)
+    assert one.attributes.mtime_ns == 1_500_000_000_000_000_007
+    assert one.group == found[b"model-2.safetensors"].group
     assert site.origin(site.model / "config.json").version == 1
+
+
+def test_cold_files_that_nobody_understands_stop_it(site: Site) -> None:
+    fd = os.open(site.model, os.O_RDONLY)
+    make_layer(fd)
+    os.close(fd)
+    stub = stub_path(site.model / "odd")
+    stub.touch(0o600 | COLD_MARK)
+    stub.chmod(0o600 | COLD_MARK)
+    with pytest.raises(MoveRefused, match="nobody knows where its bytes are"):
+        run(demote(site))
+    stub.chmod(0o600)
+    with pytest.raises(MoveRefused, match="comes back from the cold tier"):
+        run(demote(site))
+
+
+def test_origins_from_the_future_stop_it(site: Site) -> None:
+    """The clock went back, and an inode number that some stub had once is given out again."""
+    before = site.snapshot()
+
+    def forge(effect: str) -> None:
+        if effect == "write origins" and not list(site.model.glob(".tierd/origins/9*")):
+            drafts = (path.stat().st_ino for path in (site.source / ".tierd/drafts").rglob("*") if path.is_file())
+            other = Origin("models/other", 1, b"x", 5, "0" * 64)
+            (site.model / ".tierd/origins/99999999999999999999-0.json").write_bytes(
+                encode(dict.fromkeys(drafts, other))
+            )
+
+    async def main() -> None:
+        async with site.leading(Fate(0, forge)) as moves:
+            assert await moves.advance(await moves.demote(MODEL, "test")) is MoveState.ABANDONED
+
+    run(main())
+    assert "is the clock right" in str(run(site.move())[2])
+    assert site.snapshot() == before
+
+
+@pytest.mark.parametrize("effect", ["make stub", "make layer", "write manifest copy", "place stub", "take", "took"])
+def test_a_model_that_is_removed_on_the_way_ends_it(effect: str, site: Site) -> None:
+    def remove(one: str) -> None:
+        if one == effect and site.model.exists():
+            shutil.rmtree(site.model)
+
+    async def main() -> None:
+        async with site.leading(Fate(0, remove)) as moves:
+            assert await moves.advance(await moves.demote(MODEL, "test")) is MoveState.ABANDONED
+
+    run(main())
+    assert not site.model.exists()
+    assert site.litter() == []
 
 
 # --- what is refused ---
@@ -245,8 +305,8 @@ def test_a_model_that_is_wanted_before_the_switch_stays(query: str, says: str, b
             assert site.snapshot() == before
             await site.execute("DELETE FROM node_leases")
             await site.execute("UPDATE model_locations SET pinned = false")
-        query = "SELECT count(*) = count(DISTINCT version) FROM moves WHERE kind = 'demote'"
-        assert await site.value(query), "each has a version of its own"
+        own = "SELECT count(*) = count(DISTINCT version) FROM moves WHERE kind = 'demote'"
+        assert await site.value(own), "each has a version of its own"
         assert await site.value("SELECT tier FROM model_locations") == "hot"
 
     run(main())

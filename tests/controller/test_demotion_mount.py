@@ -1,4 +1,4 @@
-"""Pods see nothing of a demotion, nor of its undo: names, attributes and bytes are there throughout, in a real mount."""
+"""Pods see nothing of a demotion, nor of its undo: in a real mount names, attributes and bytes are always there."""
 
 from __future__ import annotations
 

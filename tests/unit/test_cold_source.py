@@ -19,6 +19,7 @@ from tierd.node.cold_source import Cold, ColdSource
 from tierd.node.sources import Changes, Creator, Moved, PosixSource, Ref
 from tierd.stub_files import is_cold, locked, warm, write_origins
 from tierd.stubs import RESERVED, Origin, OriginsDamaged, decode, encode
+from tierd.syscalls import RENAME_EXCHANGE
 
 OWN = Creator(os.geteuid(), os.getegid())
 SIZE = 5000
@@ -160,6 +161,17 @@ def test_removing_a_name_removes_both(source: ColdSource, model: Path, fd: int) 
     (model / "a").write_bytes(b"hot again")
     source.unlink(fd, b"a")
     assert source.list_names(fd) == [b"hot", b"b"] or sorted(source.list_names(fd)) == [b"b", b"hot"]
+
+
+def test_renaming_a_file_takes_the_stub_that_it_hides_away(source: ColdSource, model: Path, fd: int) -> None:
+    """Else its old name would turn up again; a demotion leaves it like this for a moment, or when it is killed."""
+    (model / "a").write_bytes(b"hot again")
+    source.rename(fd, b"a", fd, b"new", 0)
+    assert sorted(source.list_names(fd)) == [b"b", b"hot", b"new"]
+    (model / "b").write_bytes(b"hot again")
+    source.rename(fd, b"b", fd, b"hot", RENAME_EXCHANGE)
+    assert sorted(source.list_names(fd)) == [b"b", b"hot", b"new"]
+    assert stub_of(model / "b").exists()
 
 
 def test_a_directory_with_a_cold_file_is_not_empty(source: ColdSource, model: Path, fd: int) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from tierd.controller.file_calls import same
+from tierd.controller.file_calls import opened, same
 from tierd.controller.hot_scan import Scan, scan
 from tierd.controller.hot_tree import joined, split
 from tierd.controller.move_books import FileNews, Move
@@ -102,8 +101,9 @@ class ColdCopy:
         above, leaf = split(file.path)
         with self._tree.directory_if_there(joined(self._subject.base, above)) as fd:
             if fd is not None:
-                with suppress(FileNotFoundError):
-                    return os.open(leaf, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+                file_fd = opened(fd, leaf, os.O_NOATIME)
+                if file_fd >= 0:
+                    return file_fd
         raise ChangedMeanwhile(f"{shown(file.path)} went")
 
     def _expect(self, fd: int, file: HotFile) -> None:
@@ -174,7 +174,9 @@ class ColdCopy:
         return bytes(content)
 
     def _check(self, manifest: Manifest, files: Sequence[MoveFile]) -> None:
-        said = {(entry.path, entry.size, entry.sha256) for entry in manifest.files if entry.size}
+        said = {
+            (entry.path, entry.size, entry.sha256) for entry in manifest.files if entry.size and not entry.elsewhere
+        }
         meant = {(name, moved.file.size, moved.sha256) for moved in files for name in moved.file.names()}
         if (manifest.model_id, manifest.version) != (self._move.subject, self._move.version) or said != meant:
             raise ManifestDamaged("files", "are not those that were copied")

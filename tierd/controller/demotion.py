@@ -43,6 +43,8 @@ from tierd.stubs import Origin
 
 _GIVEN_UP = (ChangedMeanwhile, ManifestDamaged, ObjectDamaged, ObjectMissing, MoveRefused)
 """What ends a demotion before the switch: there is no use in trying again."""
+_UNUSABLE = (FileNotFoundError, NotADirectoryError, PermissionError)
+"""A directory of the model went, became something else, or is not ours to change."""
 _ROUNDS_MAX = 3
 
 
@@ -82,14 +84,15 @@ class Demotion:
                 size_bytes=found.size_bytes,
                 by_hand=by_hand,
                 last_access=model.last_access,
-                detail={"model_version": model.version, "single": found.subject.single, "cold_files": len(found.cold)},
+                detail={"model_version": model.version, "single": found.subject.single},
             )
             await add_files(fence.connection, move_id, found.files)
         return move_id
 
     async def _refuse(self, connection: Connection, model_id: str) -> Catalogued:
-        await refuse_if_moving(connection, model_id)
-        return await self._may_leave(connection, model_id)
+        model = await self._may_leave(connection, model_id)
+        await refuse_if_moving(connection, model_id)  # with the model locked: of two wishes one comes first
+        return model
 
     async def _may_leave(self, connection: Connection, model_id: str) -> Catalogued:
         """The model, if nothing speaks against its demotion. Raises MoveRefused."""
@@ -172,7 +175,7 @@ class Demotion:
             await self._take(move)
         except LeasesUnknown:
             raise
-        except _GIVEN_UP as error:
+        except (*_GIVEN_UP, *_UNUSABLE) as error:
             return await self._returning.begin_giving_up(move, str(error))
         return await self._become_cold(move)
 
@@ -194,7 +197,7 @@ class Demotion:
         content = await self._shop.run(ColdCopy(self._shop, move).manifest, await self._shop.books.files(move.id))
         async with self._shop.fenced("copy manifest", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
-            await self._shop.run(stubbing.write_manifest, manifest_name(move), content)
+            await self._shop.effect(stubbing.write_manifest, manifest_name(move), content)
 
     async def _take(self, move: Move) -> None:
         changed = await compared(self._shop, move, FileState.VERIFIED)
@@ -221,7 +224,7 @@ class Demotion:
     async def _become_cold(self, move: Move) -> bool:
         async with self._shop.fenced("become cold", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
-            await self._shop.run(stubbing.clear, stubbing.drafts)
+            await self._shop.effect(stubbing.clear, stubbing.drafts)
             model = await lock_model(fence.connection, move.subject)
             if model is not None and model.tier == "hot" and model.version == move.detail["model_version"]:
                 files = await read_files(fence.connection, move.id)
@@ -272,7 +275,7 @@ class Demotion:
     async def _end(self, move: Move) -> bool:
         async with self._shop.fenced("end", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
-            await self._shop.run(stubbing.clear, stubbing.trash)
+            await self._shop.effect(stubbing.clear, stubbing.trash)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
         return True
 

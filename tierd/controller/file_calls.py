@@ -39,12 +39,16 @@ def equal(file: int, stub: int) -> bool:
     return alike(have, want) and have.st_mtime_ns == mtime_of(want) and read_xattrs(file) == read_xattrs(stub)
 
 
-def opened(fd: int, name: bytes) -> int:
-    """A descriptor for reading; -1 if there is no such file."""
+def opened(fd: int, name: bytes, flags: int = 0) -> int:
+    """A descriptor for reading; -1 if there is no such file. O_NOATIME counts where we may use it."""
     try:
-        return os.open(name, _FILE, dir_fd=fd)
+        return os.open(name, _FILE | flags, dir_fd=fd)
     except FileNotFoundError:
         return -1
+    except PermissionError:
+        if not flags:
+            raise
+    return opened(fd, name)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a model in the source consists of: its files, links and directories, each with its attributes. Changes nothing.
 
 Files with bytes can be demoted; empty ones, links and directories stay where they are, and so do files that are cold
-already: all of them but these are in the manifest. Blocking, any thread.
+already: all are in the manifest. Blocking, any thread.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final
 
 from tierd.controller.hot_tree import HotTree, joined, split, stat_of
 from tierd.controller.move_file import HotFile, MoveRefused
 from tierd.errors import UsageError
-from tierd.objects.keys import VERSION_MAX, manifest_key, object_key, shown
+from tierd.objects.keys import VERSION_MAX, ObjectName, manifest_key, object_key, shown
 from tierd.objects.manifest import Attributes, DirectoryEntry, Entry, FileEntry, LinkEntry, Manifest, manifest_of
-from tierd.stubs import COLD_MARK, RESERVED, STUBS
+from tierd.stub_files import is_cold, mtime_of, read_origins
+from tierd.stubs import COLD_MARK, ORIGINS, RESERVED, STUBS
 
 FILES_MAX: Final = 1_000_000
 """As many as a manifest describes."""
 _EMPTY_SHA256: Final = hashlib.sha256().hexdigest()
+_EMPTY_GROUPS: Final = FILES_MAX
+_COLD_GROUPS: Final = 2 * FILES_MAX
+"""Groups of links among empty and among cold files are numbered from here on."""
 _NO_XATTRS: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -47,9 +51,7 @@ class Scan:
     attributes: Mapping[bytes, Attributes]
     """Of the files, by path."""
     staying: tuple[Entry, ...]
-    """Directories, links and empty files."""
-    cold: tuple[bytes, ...]
-    """Files that are cold already; manifests of other versions describe them."""
+    """Directories, links and empty files, and files that are cold already: of another version."""
 
     @property
     def size_bytes(self) -> int:
@@ -102,7 +104,8 @@ class _Found:
     stats: dict[int, os.stat_result] = field(default_factory=dict)
     attributes: dict[int, Attributes] = field(default_factory=dict)
     staying: list[Entry] = field(default_factory=list)
-    cold: list[bytes] = field(default_factory=list)
+    cold_groups: dict[int, int] = field(default_factory=dict)
+    """By inode."""
     directories: list[bytes] = field(default_factory=list)
     """Still to be walked."""
 
@@ -149,15 +152,30 @@ def _walk(tree: HotTree, base: bytes, found: _Found) -> None:
                 if name != RESERVED:
                     found.add(fd, name, above, tree.device)
         if RESERVED in names:
-            hot = set(names)
-            cold = _cold_names(tree, joined(base, above))
-            found.cold.extend(joined(above, name) for name in cold if name not in hot)
+            found.staying += _cold(tree, base, above, set(names), found.cold_groups)
 
 
-def _cold_names(tree: HotTree, directory: bytes) -> Iterator[bytes]:
-    with tree.directory_if_there(joined(directory, RESERVED + b"/" + STUBS)) as fd:
-        if fd is not None:
-            yield from [os.fsencode(name) for name in os.listdir(fd)]
+def _cold(
+    tree: HotTree, base: bytes, above: bytes, hot: set[bytes], cold_groups: dict[int, int]
+) -> Iterator[FileEntry]:
+    """The files of a directory that are cold: as they look, and where their objects are."""
+    layer = joined(joined(base, above), RESERVED)
+    with tree.directory_if_there(joined(layer, STUBS)) as fd, tree.directory_if_there(joined(layer, ORIGINS)) as known:
+        names = [os.fsencode(name) for name in os.listdir(fd)] if fd is not None else []
+        origins = read_origins(known) if known is not None and names else {}
+        for name in names:
+            st = stat_of(fd, name) if fd is not None and name not in hot else None
+            if fd is None or st is None:
+                continue
+            path, origin = joined(above, name), origins.get(st.st_ino)
+            if not is_cold(st):
+                raise MoveRefused(f"{shown(path)} comes back from the cold tier", hint="try again later")
+            if origin is None:
+                raise MoveRefused(f"{shown(path)} is cold, and nobody knows where its bytes are", hint="remove it")
+            attributes = replace(_attributes(fd, name, st), mode=st.st_mode & 0o6777, mtime_ns=mtime_of(st))
+            group = cold_groups.setdefault(st.st_ino, _COLD_GROUPS + len(cold_groups)) if st.st_nlink > 1 else None
+            elsewhere = ObjectName(origin.model_id, origin.version, origin.path)
+            yield FileEntry(path, attributes, origin.size, origin.sha256, group, elsewhere=elsewhere)
 
 
 def _made(subject: Subject, found: _Found) -> Scan:
@@ -166,7 +184,7 @@ def _made(subject: Subject, found: _Found) -> Scan:
         path, *links = sorted(names)
         st = found.stats[inode]
         if not st.st_size:
-            group = FILES_MAX + number if links else None
+            group = _EMPTY_GROUPS + number if links else None
             staying += [FileEntry(name, found.attributes[inode], 0, _EMPTY_SHA256, group) for name in names]
             continue
         if st.st_nlink != len(names):
@@ -175,7 +193,7 @@ def _made(subject: Subject, found: _Found) -> Scan:
         files.append(HotFile(path, tuple(links), st.st_size, st.st_mtime_ns, st.st_ctime_ns, inode, st.st_mode))
     files.sort(key=lambda file: file.path)
     _check_keys(subject.model_id, files)
-    return Scan(subject, tuple(files), attributes, tuple(staying), tuple(sorted(found.cold)))
+    return Scan(subject, tuple(files), attributes, tuple(staying))
 
 
 def _check_keys(model_id: str, files: list[HotFile]) -> None:

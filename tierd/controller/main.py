@@ -95,6 +95,7 @@ class Controller:
             steadily("wishes", Answers(work.database, work.moves, work.epoch).round, _WISHES_SECONDS),
             steadily("metrics", partial(housekeeping.tell_metrics, work), _METRICS_SECONDS),
             steadily("purge", partial(housekeeping.purge, work), _PURGE_SECONDS),
+            steadily("wasted objects", partial(_clean_up, work), _PURGE_SECONDS),
             *(steadily(name, partial(_run_next, name, work), _JOBS_SECONDS) for name in JOBS),
         ]
         if self._redis is not None:
@@ -125,6 +126,10 @@ class Controller:
         deadline.daemon = True
         deadline.start()
         self._stop.set()
+
+
+async def _clean_up(work: Work) -> bool:
+    return bool(await work.moves.clean_up())
 
 
 async def _run_next(name: str, work: Work) -> bool:

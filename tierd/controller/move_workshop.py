@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -20,15 +21,17 @@ from tierd.controller import moves_sql as sql
 from tierd.controller.db import Connection, Database
 from tierd.controller.hot_scan import Subject
 from tierd.controller.hot_tree import HotTree, split
-from tierd.controller.leader import NotLeaderError
 from tierd.controller.move_books import Books, Move, hold
 from tierd.controller.stubbing import At, Stubbing
+from tierd.errors import TierdError
 from tierd.objects.store import ObjectStore
 
 _FENCE_SECONDS: Final = 40.0
 """Within this much of the beginning of its transaction an effect may begin; `db` ends idle ones after 60 s."""
 BATCH_SECONDS: Final = 10.0
 BATCH_FILES: Final = 256
+_EFFECTS_AT_ONCE: Final = 16
+"""More than moves are carried on at once: each has one at a time."""
 _FLUSH_SECONDS: Final = 1.0
 _FLUSH_RESULTS: Final = 500
 
@@ -54,6 +57,10 @@ class MoveSettings:
     """From the announcement of stubs to the first of them: for so long nodes may know a directory without stubs."""
 
 
+class TooLate(TierdError):
+    """An effect was not begun, because the transaction around it may be over: somebody else may lead."""
+
+
 class Fence:
     """A transaction of the leader. `at` is for effects that must not begin when it may be over."""
 
@@ -64,17 +71,15 @@ class Fence:
         self._batch_until = time.monotonic() + BATCH_SECONDS
 
     def at(self, effect: str) -> None:
-        """Raises NotLeaderError if it is too late: somebody else may lead."""
+        """Raises TooLate if somebody else may lead by now."""
         if time.monotonic() > self._until:
-            raise NotLeaderError(
-                f"it took too long to {effect}: another controller may lead", hint="does the source hang?"
-            )
+            raise TooLate(f"it took too long to {effect}", hint="does the source hang? it is tried again")
         self._at(effect)
 
     def batch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """As many of them as fit into the transaction."""
+        """As many of them as fit into the transaction, and one at least."""
         for number, item in enumerate(items):
-            if number >= BATCH_FILES or time.monotonic() > self._batch_until:
+            if number and (number >= BATCH_FILES or time.monotonic() > self._batch_until):
                 return
             yield item
 
@@ -90,20 +95,21 @@ class Workshop:
         self.store = store
         self.settings = settings
         self.at = at
-        self._pool = ThreadPoolExecutor(settings.parallel_files, thread_name_prefix="move")
+        self._long = ThreadPoolExecutor(settings.parallel_files, thread_name_prefix="move")
+        self._short = ThreadPoolExecutor(_EFFECTS_AT_ONCE, thread_name_prefix="move-effect")
 
     def close(self) -> None:
         """Waits for what runs; close the store before, then that is not for long."""
-        self._pool.shutdown()
+        self._long.shutdown()
+        self._short.shutdown()
 
     async def run(self, call: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
-        """Call it in a thread. A cancelled task waits for its end: nothing goes on behind its back."""
-        future = asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args, **kwargs))
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait([future])
-            raise
+        """Call it in a thread: what may take long. A cancelled task waits for its end."""
+        return await _awaited(self._long, partial(call, *args, **kwargs))
+
+    async def effect(self, call: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        """The same for what is done within a fence: it must not wait until a thread has stored a file."""
+        return await _awaited(self._short, partial(call, *args, **kwargs))
 
     @asynccontextmanager
     async def fenced(self, what: str, move: Move | None = None) -> AsyncIterator[Fence]:
@@ -143,7 +149,7 @@ class Workshop:
             async with self.fenced(what, move) as fence:
                 if before is not None:
                     await before(fence)
-                done = await self.run(_batch, fence, self.stubbing(fence, demotion), call, todo)
+                done = await self.effect(_batch, fence, self.stubbing(fence, demotion), call, todo)
                 await tell(fence, done)
             todo = todo[len(done) :]
 
@@ -185,6 +191,16 @@ class Workshop:
                 await asyncio.wait(running)
         if failed is not None:
             raise failed
+
+
+async def _awaited(pool: ThreadPoolExecutor, call: Callable[[], Result]) -> Result:
+    """Nothing goes on behind the back of whoever was cancelled."""
+    future = asyncio.get_running_loop().run_in_executor(pool, call)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise
 
 
 def _batch(

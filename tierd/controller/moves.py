@@ -25,6 +25,7 @@ from tierd.controller.promotion import Promotions
 from tierd.controller.returning import Returning, begin_abandoning
 from tierd.controller.steps import FINAL, UNTOUCHED, MoveKind, MoveState
 from tierd.controller.stubbing import At
+from tierd.controller.wasted import clean_up
 from tierd.errors import TierdError
 from tierd.objects.keys import shown, validate_model_id
 from tierd.objects.store import ObjectStore
@@ -44,8 +45,8 @@ def _nowhere(effect: str) -> None:
 class Moves:
     """See the module. For one leader: `epoch` is its own.
 
-    Contract: `advance` and `resume_all` are called by one task at a time, everything else at any time. To stop, close
-    the store and cancel: a task ends when its threads have ended, and any other process can go on from there.
+    Contract: for any tasks of one event loop; a move is advanced by one of them at a time. To stop, close the store and
+    cancel: a task ends when its threads have ended, and any other process can go on from there.
     NotLeaderError ends everything: whoever gets it must not go on with this object.
     """
 
@@ -160,6 +161,11 @@ class Moves:
         """Carry on all that is not at its end, oldest first. Raises NotLeaderError, DatabaseError."""
         for move_id in await self._shop.books.unfinished():
             await self.advance(move_id)
+
+    async def clean_up(self) -> int:
+        """Remove objects of demotions that were given up before they switched anything: a bounded number of demotions,
+        which is returned. Raises NotLeaderError, DatabaseError, ObjectError."""
+        return await clean_up(self._shop)
 
     async def _note_failure(self, move: Move, error: TierdError | OSError) -> MoveState:
         """It is tried again next time; nothing that could be tried again for ever without any use is."""

@@ -109,7 +109,7 @@ class Promotions:
         async with self._shop.fenced("become hot", move) as fence:
             if move.detail["single"]:  # others may have stubs beside it
                 stubbing = self._shop.stubbing(fence, move)
-                await self._shop.run(stubbing.remove_manifest, manifest_name(move))
+                await self._shop.effect(stubbing.remove_manifest, manifest_name(move))
             await fence.connection.execute(sql.SET_HOT, move.subject)
             await fence.connection.execute(sql.SET_DONE_BYTES, move.id, move.size_bytes)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)

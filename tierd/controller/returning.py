@@ -95,16 +95,16 @@ class Returning:
             return
         async with shop.fenced("delete what is left", move) as fence:
             stubbing = shop.stubbing(fence, demotion)
-            if await shop.run(stubbing.is_itself, replace(moved, trash_ctime_ns=compared_ns)):
-                await shop.run(stubbing.discard, moved.file)
+            if await shop.effect(stubbing.is_itself, replace(moved, trash_ctime_ns=compared_ns)):
+                await shop.effect(stubbing.discard, moved.file)
                 await set_files(fence.connection, demotion.id, [FileNews(moved.file.path, FileState.DELETED)])
 
     async def _tidy(self, fence: Fence, demotion: Move) -> None:
         stubbing = self._shop.stubbing(fence, demotion)
         if await _all_are_back(fence, demotion):
-            await self._shop.run(stubbing.remove_manifest, manifest_name(demotion))
-        await self._shop.run(stubbing.clear, stubbing.drafts)
-        await self._shop.run(stubbing.clear, stubbing.trash)
+            await self._shop.effect(stubbing.remove_manifest, manifest_name(demotion))
+        await self._shop.effect(stubbing.clear, stubbing.drafts)
+        await self._shop.effect(stubbing.clear, stubbing.trash)
 
 
 async def _all_are_back(fence: Fence, demotion: Move) -> bool:
@@ -145,9 +145,9 @@ async def compared(workshop: Workshop, move: Move, state: FileState) -> set[byte
     changed: set[bytes] = set()
     stubbing = Stubbing(workshop.tree, subject_of(move), move.id, workshop.at)
     for moved in await workshop.books.files(move.id):
-        if moved.state is not state or not await workshop.run(stubbing.in_trash, moved.file):
+        if moved.state is not state or not await workshop.effect(stubbing.in_trash, moved.file):
             continue
-        if moved.trash_ctime_ns is not None and await workshop.run(stubbing.is_itself, moved):
+        if moved.trash_ctime_ns is not None and await workshop.effect(stubbing.is_itself, moved):
             continue
         ctime_ns = await workshop.run(compare, stubbing, moved)
         if ctime_ns is None:

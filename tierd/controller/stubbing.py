@@ -112,8 +112,12 @@ class Stubbing:
                     write_origins(base, origins)
                     os.fsync(known)
                     os.fsync(base)
+                    said = read_origins(known)
                 os.fsync(fd)
                 self._at("wrote origins")
+                if any(said.get(inode) != origin for inode, origin in origins.items()):
+                    # Of an inode number that is used again, and of a clock that went back: wrong bytes otherwise.
+                    raise ChangedMeanwhile(f"{shown(directory)} has origins from the future: is the clock right?")
             finally:
                 os.close(base)
         return True
@@ -148,7 +152,7 @@ class Stubbing:
     def take(self, moving: MoveFile) -> int:
         """Put the stub of a file in its place, and the file into the trash; its time of change there.
 
-        Raises ChangedMeanwhile if it is not the file that was copied: then it is where it was, or can be put back there.
+        Raises ChangedMeanwhile if it is not the file that was copied: it is where it was, or can be put back there.
         """
         file = moving.file
         ctime_ns = file.ctime_ns

@@ -325,7 +325,10 @@ class ColdSource(PosixSource):
 
     def _rename_hot(self, old_fd: int, old: bytes, new_fd: int, new: bytes, *rest: Any) -> tuple[Change, Change | None]:
         try:
-            return super().rename(old_fd, old, new_fd, new, *rest)
+            done = super().rename(old_fd, old, new_fd, new, *rest)
+            if rest[0] != RENAME_EXCHANGE:
+                self._drop_stub(old_fd, old)  # one that the file hid: its name would turn up again
+            return done
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or rest[0] != 0:
                 raise
