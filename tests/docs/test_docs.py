@@ -16,7 +16,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 _RUN = re.compile(r"<!-- run: (?P<name>\S+) -->\n```sh\n(?P<code>.*?)```", re.DOTALL)
 _PYTHON = re.compile(r"```python\n(?P<code>.*?)```", re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:)(?P<target>[^)#]+)")
-_BLOCK_SECONDS = 60
+_BLOCK_SECONDS = 180
 
 
 def _commands() -> list[tuple[str, str]]:
