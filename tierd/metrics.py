@@ -294,6 +294,7 @@ class ControllerMetrics:
 
     ENDINGS = ("done", "failed", "refused", "interrupted")
     TIERS = ("hot", "cold")
+    WISHES = ("planned", "refused", "ignored", "old", "bad")
     _JOB_BUCKETS = (1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 28_800.0)
 
     def __init__(self, registry: CollectorRegistry, jobs: Iterable[str] = ()) -> None:
@@ -321,10 +322,21 @@ class ControllerMetrics:
         for tier in self.TIERS:
             self._models.labels(tier), self._bytes.labels(tier)
         self._unfinished = Gauge("tierd_moves_unfinished", "Moves that have not ended.", ["state"], registry=registry)
+        self._wishes = Counter(
+            "tierd_promote_wishes_heard", "Cold models that nodes load, by what came of it.", ["result"],
+            registry=registry,
+        )  # fmt: skip
+        for result in self.WISHES:
+            self._wishes.labels(result)
         self._silent = Gauge(
             "tierd_nodes_silent", "Registered nodes whose report of open models is too old to demote by.",
             registry=registry,
         )  # fmt: skip
+
+    def promote_wishes_heard(self, results: Mapping[str, int]) -> None:
+        """Nodes asked for cold models: how many came to which of WISHES."""
+        for result, count in results.items():
+            self._wishes.labels(result).inc(count)
 
     def standing(self, *, leading: bool, epoch: int, reached: bool) -> None:
         """What this process is at."""

@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 STANDBY_SECONDS: Final = 1.0
 _WATCH_SECONDS: Final = 2.0
 _ANSWER_SECONDS: Final = 10.0
-_RETRY_SECONDS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
+_RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)
 """From one try to reach the database to the next; the last one again and again."""
 
 Work = Callable[[int], Awaitable[None]]

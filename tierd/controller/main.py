@@ -23,8 +23,10 @@ from tierd import web
 from tierd.controller import housekeeping
 from tierd.controller.jobs import run_next
 from tierd.controller.leading import Phase, Standing, lead
+from tierd.controller.move_wishes import Answers
 from tierd.controller.redis_client import redis_of
 from tierd.controller.registry import JOBS
+from tierd.controller.requests import PromoteRequests
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.statistics import StatisticsFold
 from tierd.controller.tasks import AWAY, reason_of, steadily, together
@@ -37,6 +39,8 @@ log = structlog.get_logger(__name__)
 _JOBS_SECONDS: Final = 2.0
 """How soon a request is heard; the schedule needs no better."""
 _MOVES_SECONDS: Final = 5.0
+_REQUESTS_SECONDS: Final = 2.0
+_WISHES_SECONDS: Final = 1.0
 _METRICS_SECONDS: Final = 60.0
 _PURGE_SECONDS: Final = 600.0
 
@@ -88,13 +92,16 @@ class Controller:
         """All that a leader does, side by side. Each job by itself: one that takes hours holds up no other one."""
         tasks = [
             steadily("moves", work.carrier.round, _MOVES_SECONDS),
+            steadily("wishes", Answers(work.database, work.moves, work.epoch).round, _WISHES_SECONDS),
             steadily("metrics", partial(housekeeping.tell_metrics, work), _METRICS_SECONDS),
             steadily("purge", partial(housekeeping.purge, work), _PURGE_SECONDS),
             steadily("wasted objects", partial(_clean_up, work), _PURGE_SECONDS),
             *(steadily(name, partial(_run_next, name, work), _JOBS_SECONDS) for name in JOBS),
         ]
         if self._redis is not None:
+            requests = PromoteRequests(work.database, self._redis, work.moves, work.metrics)
             tasks.append(StatisticsFold(work.database, self._redis, self._fold_metrics).run())
+            tasks.append(steadily("promote_requests", requests.round, _REQUESTS_SECONDS))
         return tasks
 
     # --- HTTP ---

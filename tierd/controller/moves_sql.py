@@ -116,6 +116,14 @@ SET_COLD: Final = """
 UPDATE model_locations SET tier = 'cold', version = $2, files = $3, size_bytes = $4 WHERE model_id = $1
 """
 
+PLANNED_NS: Final = "SELECT (extract(epoch FROM created_at) * 1000000000)::bigint FROM moves WHERE id = $1"
+
+# One that is hot keeps what is known of it: the files that came are beside its own.
+ADD_IMPORTED: Final = """
+INSERT INTO model_locations (model_id, tier, size_bytes, files, imported) VALUES ($1, 'cold', $2, $3, true)
+ON CONFLICT (model_id) DO UPDATE SET imported = true
+"""
+
 SET_HOT: Final = "UPDATE model_locations SET tier = 'hot' WHERE model_id = $1"
 
 NOTE_EVENT: Final = """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final
 
 import asyncpg  # type: ignore[import-untyped]
 import structlog
 from redis.exceptions import RedisError
 
+from tierd.controller.db import heed_cancellation
 from tierd.controller.leader import NotLeaderError
 from tierd.errors import TierdError
 
@@ -17,6 +18,7 @@ log = structlog.get_logger(__name__)
 
 AWAY: Final = (TierdError, RedisError, OSError, asyncpg.PostgresError)
 """What a server or a file system that is away raises, and what one refuses."""
+_SLOW_SECONDS: Final = 10.0
 Pause = Callable[[float], Awaitable[None]]
 
 
@@ -26,14 +28,23 @@ async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
-        endings = await asyncio.gather(*tasks, return_exceptions=True)
+        endings = await _ended(tasks)
     for task, ending in zip(tasks, endings, strict=True):
         if task not in done and isinstance(ending, Exception):
             log.warning("task_ended_badly", reason=reason_of(ending))
     for task in done:
         task.result()
+
+
+async def _ended(tasks: Sequence[asyncio.Task[None]]) -> list[BaseException | None]:
+    """Cancel them, once: who is cancelled again while he waits for a thread would leave it behind."""
+    for task in tasks:
+        task.cancel()
+    ending = asyncio.gather(*tasks, return_exceptions=True)
+    _, late = await asyncio.wait(tasks, timeout=_SLOW_SECONDS)
+    if late:
+        log.warning("work_does_not_end", tasks=len(late), reason="a thread is at work: does the source hang?")
+    return await ending
 
 
 async def steadily(
@@ -52,11 +63,13 @@ async def steadily(
         except NotLeaderError:
             raise
         except AWAY as error:
+            heed_cancellation(error)
             if not failing:
                 hint = error.hint if isinstance(error, TierdError) else ""
                 log.warning("task_failing", task=name, reason=reason_of(error), hint=hint)
             failing = True
-        except Exception:
+        except Exception as error:
+            heed_cancellation(error)
             if not failing:
                 log.exception("task_defect", task=name)
             failing = True

@@ -25,6 +25,7 @@ from tierd.node.cold_bytes import ColdBytes
 from tierd.node.cold_source import Cold
 from tierd.node.files import Files
 from tierd.node.fill import Fill
+from tierd.node.handles import FileHandle
 from tierd.node.reads import Reader, ReadTarget
 from tierd.node.recall_bounds import RecallBounds
 from tierd.node.sources import Moved
@@ -72,11 +73,11 @@ class ColdFiles(Files):
 
     # --- reading ---
 
-    def cold_target(self, fh: int, origin: Origin, pid: int, uid: int) -> ReadTarget:
+    def cold_target(self, handle: FileHandle, origin: Origin, pid: int, uid: int) -> ReadTarget:
         """Serve a handle of a process and its user from the object."""
         target = ReadTarget(-1)
         signs = LoadSigns(origin.size, weights=holds_weights(origin.path), program=program_of(pid))
-        target.reader = self._reader(origin, signs, self._teller(fh, uid))
+        target.reader = self._reader(origin, signs, self._teller(handle, uid))
         return target
 
     def _reader(self, origin: Origin, signs: LoadSigns, tell: Callable[[], None]) -> Reader:
@@ -92,19 +93,19 @@ class ColdFiles(Files):
 
         return read
 
-    def _teller(self, fh: int, uid: int) -> Callable[[], None]:
+    def _teller(self, handle: FileHandle, uid: int) -> Callable[[], None]:
         token = trio.lowlevel.current_trio_token()
 
         def tell() -> None:
             with suppress(trio.RunFinishedError):
-                token.run_sync_soon(lambda: trio.lowlevel.spawn_system_task(self._load, fh, uid))
+                token.run_sync_soon(lambda: trio.lowlevel.spawn_system_task(self._load, handle, uid))
 
         return tell
 
-    async def _load(self, fh: int, uid: int) -> None:
-        """Whoever has the handle open loads the model: bring it to the node. Never raises."""
-        handle, tier = self.files.get(fh), self._tier
-        if handle is None or handle.origin is None:
+    async def _load(self, handle: FileHandle, uid: int) -> None:
+        """Whoever has the handle open, or had it this moment, loads the model: bring it to the node. Never raises."""
+        tier = self._tier
+        if handle.origin is None:
             return
         self.loads_recognised += 1
         try:
@@ -117,7 +118,7 @@ class ColdFiles(Files):
             return
         if fill is None or tier is None:
             return
-        if self.files.get(fh) is handle and handle.fill is None:
+        if self.files.get(handle.fh) is handle and handle.fill is None:
             handle.fill = fill
             handle.target.local = True
             fill.attach(handle.target)

@@ -112,5 +112,5 @@ def _inherit_cold(heir: Heir, record: HandleRecord, node: Node) -> None:
     handle = FileHandle(record.fh, node, -1, False)
     (origin,) = decode(record.copy.removeprefix(COLD_PREFIX)).values()
     handle.origin = origin
-    handle.target = heir.overlay.cold_target(record.fh, origin, 0, UNKNOWN_USER)
+    handle.target = heir.overlay.cold_target(handle, origin, 0, UNKNOWN_USER)
     heir.overlay.inherit_handle(handle, record.model)

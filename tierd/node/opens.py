@@ -345,7 +345,7 @@ class Opens(ColdFiles):
         handle = FileHandle(found.fh, node, found.fd, access != os.O_RDONLY)
         if found.stub is not None and found.stub.origin is not None:
             handle.origin, handle.attributes = found.stub.origin, found.stub.attributes
-            handle.target = self.cold_target(handle.fh, handle.origin, caller.pid, caller.uid)
+            handle.target = self.cold_target(handle, handle.origin, caller.pid, caller.uid)
             self.cold_opens += 1
         self._register(handle, found.model)
         if access != os.O_WRONLY:

@@ -94,7 +94,7 @@ class Exchange:
         self.node_id = node_id
         self._connect = connect
         self._version = version
-        self.wishes = wishes or Wishes()
+        self.wishes = wishes if wishes is not None else Wishes()
         self._clock = clock
         self._now_ns = now_ns
         self._client: Client | None = None
