@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from tierd.node.stub_layer import make_layer, write_origins
+from tierd.stub_files import make_layer, write_origins
 from tierd.stubs import COLD_MARK, ORIGINS, RESERVED, STUBS, Origin
 
 

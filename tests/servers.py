@@ -23,7 +23,7 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
-from bench import guard
+from bench import binaries, guard, s3
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 30.0
@@ -329,6 +329,35 @@ class RedisServer(Server):
     def _ready(self) -> bool:
         """It says so itself, after it has loaded its data."""
         return self.log.exists() and b"Ready to accept connections" in self.log.read_bytes()
+
+
+class S3Server(Server):
+    """rclone over a directory, whose sub-directories are the buckets. What it stored survives `kill()`."""
+
+    access_key = "tierd"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._user = None  # the program may lie where only we may look
+        self.objects = directory / "objects"
+        self.objects.mkdir()
+        self._program = shutil.which("rclone") or str(binaries.fetched(s3.RCLONE))
+
+    @property
+    def url(self) -> str:
+        """Its endpoint."""
+        return f"http://{HOST}:{self.port}"
+
+    def _command(self) -> list[str]:
+        options = ["--addr", f"{HOST}:{self.port}", "--config", "/dev/null", "--etag-hash", "", "--no-checksum"]
+        return [
+            *("env", f'RCLONE_AUTH_KEY="{self.access_key},{self.password}"'),
+            *(self._program, "serve", "s3", *options, str(self.objects)),
+        ]
+
+    def _ready(self) -> bool:
+        """It says so itself."""
+        return self.log.exists() and b"Starting s3 server on" in self.log.read_bytes()
 
 
 _REDIS_TLS_FILES = {"cert": "crt", "key": "key", "ca-cert": "crt"}

@@ -15,7 +15,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tierd import __version__, background, cli_controller, cli_keeper, client, console, log
+from tierd import (
+    __version__,
+    background,
+    cli_controller,
+    cli_import,
+    cli_jobs,
+    cli_keeper,
+    cli_moves,
+    client,
+    console,
+    log,
+)
 from tierd.cli_tier import add_commands
 from tierd.config import MountSettings, load
 from tierd.console import (
@@ -221,6 +232,13 @@ def mount(
             help="Where the bytes of cold files are: an S3 endpoint, or a directory. [dim]Default: nowhere[/]",
         ),
     ] = None,
+    recalls_per_user: Annotated[
+        int | None, typer.Option(help="Cold models that one user brings to the node at a time. [dim]Default: 4[/]")
+    ] = None,
+    recall_bytes_per_hour: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="How much of cold files one user brings an hour. [dim]Default: 4TiB[/]"),
+    ] = None,
     handover: Annotated[
         str | None,
         typer.Option(
@@ -364,3 +382,6 @@ def opens(
 add_commands(app)
 cli_keeper.add_commands(app, mount)
 cli_controller.add_commands(app)
+cli_jobs.add_commands(app)
+cli_moves.add_commands(app)
+cli_import.add_commands(app)

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 from rich.text import Text
 
-from tierd import client, console
+from tierd import cli_jobs, client, console
+from tierd.cli_controller import Config, Postgres
 from tierd.config import size_bytes
 from tierd.console import AsJson, err, fetch, human_bytes, out, print_json, printable
 from tierd.errors import DaemonError, UsageError
@@ -144,8 +145,21 @@ def _what_to_evict(models: list[str] | None, until_free: str | None) -> dict[str
         raise UsageError(f"--until-free: {error}", hint="for example 100GiB") from None
 
 
-def plan(mount: _On = None, as_json: AsJson = False) -> None:
+def plan(
+    mount: _On = None,
+    controller: Annotated[
+        bool, typer.Option("--controller", help="Show what the controller would demote next, instead of this node.")
+    ] = False,
+    config: Config = None,
+    postgres: Postgres = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what prefetch and eviction would do now, each line with its reason. Changes nothing."""
+    if controller:
+        cli_jobs.plan(config, postgres, as_json=as_json)
+        return
+    if postgres:
+        raise UsageError("--postgres is for the controller's plan", hint="add --controller")
     told = fetch(mount, "/v1/plan", "looking at models and disk")
     if as_json:
         print_json(told)

@@ -116,6 +116,8 @@ Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 Ratio = Annotated[float, BeforeValidator(_no_truth_value)]
 Seconds = Annotated[float, BeforeValidator(_no_truth_value)]
 PathSetting = Annotated[Path, BeforeValidator(_not_empty)]
+ModelsRoots = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Objects = Annotated[dict[str, Any] | None, BeforeValidator(_object_store)]
 
 
 class MountSettings(BaseModel):
@@ -126,7 +128,7 @@ class MountSettings(BaseModel):
     source: PathSetting
     mountpoint: PathSetting
     state_dir: PathSetting | None = None
-    models_root: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("models", "hot-models")
+    models_root: ModelsRoots = ("models", "hot-models")
     outputs_root: str = "outputs"
     metrics: str = "127.0.0.1:9568"
     metrics_models: Whole = Field(50, ge=0, le=1000)
@@ -149,7 +151,9 @@ class MountSettings(BaseModel):
     read_ahead_memory: Ratio = Field(0.5, ge=0, le=1)
     source_timeout: Seconds = Field(2.0, gt=0, le=3600)
     stale_if_unreachable: bool = True
-    objects: Annotated[dict[str, Any] | None, BeforeValidator(_object_store)] = None
+    objects: Objects = None
+    recalls_per_user: Whole = Field(4, ge=0, le=1000)
+    recall_bytes_per_hour: Bytes = Field(4 << 40, ge=0)
     handover: bool = True
     allow_other: bool | None = None
     redis: SecretStr | None = None

@@ -51,6 +51,7 @@ def configure(
     root.setLevel(level.upper())
     logging.getLogger("hypercorn").setLevel(logging.WARNING)
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+    logging.getLogger("asyncpg").setLevel(logging.ERROR)  # its pool warns, with tracebacks, of what our statements say
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

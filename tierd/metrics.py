@@ -6,6 +6,7 @@ Reference: https://prometheus.io/docs/practices/naming/ (base units, `_total`, n
 from __future__ import annotations
 
 import errno as _errno
+import time
 from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -26,6 +27,9 @@ of a cold file."""
 _LATENCY_BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
 )  # fmt: skip
+
+RECALL_BOUNDS = ("at_once", "bytes")
+"""Models that one user brings at a time, and bytes an hour."""
 
 
 class Metrics:
@@ -87,6 +91,10 @@ class Metrics:
         self._dropped_journal = self._dropped.labels("journal_event")
         self._dropped_index = self._dropped.labels("index_write")
         self._dropped_rows = self._dropped.labels("index_row")
+        bounded = Counter(
+            "tierd_recalls_bounded", "Recalls beyond a user's bounds, by which.", ["bound"], registry=registry
+        )
+        self._recalls_bounded = {bound: bounded.labels(bound) for bound in RECALL_BOUNDS}
         self._depth = Gauge("tierd_depth", "How much is queued or held now.", ["what"], registry=registry)
         for counter in (self._opens, self._loads, self._read_bytes):
             counter.labels(OTHER)
@@ -94,6 +102,10 @@ class Metrics:
     def watch_depth(self, what: str, depth: Callable[[], float]) -> None:
         """Export `depth()` at each scrape."""
         self._depth.labels(what).set_function(depth)
+
+    def recall_bounded(self, bound: str) -> None:
+        """A user is beyond one of RECALL_BOUNDS."""
+        self._recalls_bounded[bound].inc()
 
     def error(self, number: int) -> None:
         """A request was answered with errno `number`."""
@@ -275,6 +287,80 @@ class FoldMetrics:
     def failed(self) -> None:
         """A fold failed."""
         self._failed.inc()
+
+
+class ControllerMetrics:
+    """What the controller counts of itself and its jobs; how the tiers stand, as it saw them last."""
+
+    ENDINGS = ("done", "failed", "refused", "interrupted")
+    TIERS = ("hot", "cold")
+    WISHES = ("planned", "refused", "ignored", "old", "bad")
+    _JOB_BUCKETS = (1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 28_800.0)
+
+    def __init__(self, registry: CollectorRegistry, jobs: Iterable[str] = ()) -> None:
+        self.registry = registry
+        ProcessCollector(registry=registry)
+        self._leading = Gauge("tierd_controller_leading", "1 if this process leads.", registry=registry)
+        self._epoch = Gauge("tierd_controller_epoch", "Its epoch, 0 if it does not lead.", registry=registry)
+        self._database = Gauge(
+            "tierd_controller_database_reached", "1 if the database answered last.", registry=registry
+        )
+        self._runs = Counter("tierd_job_runs", "Runs of jobs, by how they ended.", ["job", "result"], registry=registry)
+        self._seconds = Histogram(
+            "tierd_job_seconds", "Time that a run takes.", ["job"], buckets=self._JOB_BUCKETS, registry=registry
+        )
+        self._success = Gauge(
+            "tierd_job_last_success_timestamp_seconds", "When a run was done last, 0 if none was since the start.",
+            ["job"], registry=registry,
+        )  # fmt: skip
+        for job in jobs:
+            self._seconds.labels(job), self._success.labels(job)
+            for ending in self.ENDINGS:
+                self._runs.labels(job, ending)
+        self._models = Gauge("tierd_models", "Models in the catalogue.", ["tier"], registry=registry)
+        self._bytes = Gauge("tierd_models_bytes", "Their bytes.", ["tier"], registry=registry)
+        for tier in self.TIERS:
+            self._models.labels(tier), self._bytes.labels(tier)
+        self._unfinished = Gauge("tierd_moves_unfinished", "Moves that have not ended.", ["state"], registry=registry)
+        self._wishes = Counter(
+            "tierd_promote_wishes_heard", "Cold models that nodes load, by what came of it.", ["result"],
+            registry=registry,
+        )  # fmt: skip
+        for result in self.WISHES:
+            self._wishes.labels(result)
+        self._silent = Gauge(
+            "tierd_nodes_silent", "Registered nodes whose report of open models is too old to demote by.",
+            registry=registry,
+        )  # fmt: skip
+
+    def promote_wishes_heard(self, results: Mapping[str, int]) -> None:
+        """Nodes asked for cold models: how many came to which of WISHES."""
+        for result, count in results.items():
+            self._wishes.labels(result).inc(count)
+
+    def standing(self, *, leading: bool, epoch: int, reached: bool) -> None:
+        """What this process is at."""
+        self._leading.set(leading)
+        self._epoch.set(epoch)
+        self._database.set(reached)
+
+    def job_ended(self, job: str, result: str, seconds: float) -> None:
+        """A run ended, one of ENDINGS."""
+        self._runs.labels(job, result).inc()
+        self._seconds.labels(job).observe(seconds)
+        if result == "done":
+            self._success.labels(job).set(time.time())
+
+    def stand(self, tiers: Mapping[str, tuple[int, int]], moves: Mapping[str, int], silent_nodes: int) -> None:
+        """Models and bytes by tier, moves by state, and nodes that are silent, as they are now."""
+        for tier in self.TIERS:
+            models, size = tiers.get(tier, (0, 0))
+            self._models.labels(tier).set(models)
+            self._bytes.labels(tier).set(size)
+        self._unfinished.clear()
+        for state, count in moves.items():
+            self._unfinished.labels(state).set(count)
+        self._silent.set(silent_nodes)
 
 
 def _sum(counter: Counter) -> float:

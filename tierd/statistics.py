@@ -80,23 +80,27 @@ def _label(text: str) -> str:
     return text
 
 
-_ModelId = Annotated[str, AfterValidator(_model_id)]
-_Label = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_label)]
+ModelId = Annotated[str, AfterValidator(_model_id)]
+"""As the catalogue may hold it."""
+Label = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_label)]
+"""A name for people and for the database."""
 _Count = Annotated[int, Field(ge=0, le=_COUNT_MAX)]
 _Nanoseconds = Annotated[int, Field(ge=0, le=_INT64_MAX)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Takes nothing that it does not know, and converts nothing."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class ModelAccess(_Strict):
+class ModelAccess(Strict):
     """What a batch adds to one model. `hits` may be below 0: a load counted as a hit before turned out to be none.
 
     `size_bytes` is the model's size as the node found it, None if it did not.
     """
 
-    model_id: _ModelId
+    model_id: ModelId
     opens: _Count
     loads: _Count
     hits: Annotated[int, Field(ge=-_COUNT_MAX, le=_COUNT_MAX)]
@@ -114,27 +118,27 @@ def _each_once(models: tuple[ModelAccess, ...]) -> tuple[ModelAccess, ...]:
 Accesses = Annotated[tuple[ModelAccess, ...], Field(max_length=MODELS_MAX), AfterValidator(_each_once)]
 
 
-class NumberedBatch(_Strict):
+class NumberedBatch(Strict):
     """Accesses with the number under which they are sent, applied and acknowledged."""
 
     sequence: Annotated[int, Field(ge=1, le=_INT64_MAX)]
     models: Accesses
 
 
-class OpenReport(_Strict):
+class OpenReport(Strict):
     """The models with open files at the time of sending; None if the node cannot tell."""
 
-    leases: Annotated[tuple[_ModelId, ...], Field(max_length=LEASES_MAX)] | None
+    leases: Annotated[tuple[ModelId, ...], Field(max_length=LEASES_MAX)] | None
 
 
-class Message(_Strict):
+class Message(Strict):
     """See the module. `sent_ns` is the sender's wall clock; `oldest` the lowest sequence that it still holds, or will
     give next; `version` is that of its tierd."""
 
     format: Literal[1] = FORMAT
-    node_id: _Label
+    node_id: Label
     boot: UUID
-    version: _Label
+    version: Label
     sent_ns: _Nanoseconds
     oldest: Annotated[int, Field(ge=1, le=_INT64_MAX)]
     batch: NumberedBatch | None = None
@@ -156,7 +160,7 @@ def decode(data: bytes) -> Message:
     try:
         return Message.model_validate_json(data)
     except ValidationError as error:
-        raise BadMessage(_first_fault(error), hint="does the node run a newer tierd than the controller?") from None
+        raise BadMessage(first_fault(error), hint="does the node run a newer tierd than the controller?") from None
 
 
 def encode_accesses(models: Sequence[ModelAccess]) -> bytes:
@@ -169,10 +173,11 @@ def decode_accesses(data: bytes) -> tuple[ModelAccess, ...]:
     try:
         return _ACCESSES.validate_json(data)
     except ValidationError as error:
-        raise BadMessage(_first_fault(error)) from None
+        raise BadMessage(first_fault(error)) from None
 
 
-def _first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
+    """What is wrong, and where, without the content."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in fault["loc"]) or "message"
     return f"{where}: {fault['msg'].removeprefix('Value error, ')}"[:_FAULT_CHARACTERS_MAX]

@@ -10,6 +10,7 @@ import pytest
 from redis import Redis as SyncRedis
 
 from tests.controller.house import migrated
+from tests.controller.moving import Site, site_of
 from tests.controller.reporting import Node, node_of
 from tests.servers import RedisServer, run
 from tierd.redis_options import redis_options
@@ -42,3 +43,11 @@ def schema(database: str) -> str:
 def node(tmp_path: Path, client: SyncRedis) -> Iterator[Node]:
     with node_of(tmp_path, client) as made:
         yield made
+
+
+@pytest.fixture
+def site(schema: str, tmp_path: Path) -> Site:
+    """A model, and a node that holds nothing open."""
+    made = site_of(tmp_path, schema)
+    run(made.register("gpu-1"))
+    return made

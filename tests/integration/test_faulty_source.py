@@ -14,7 +14,7 @@ from tests.conftest import DirectoryFactory
 from tests.faulty import FaultySource
 from tests.integration.calls import outcome
 from tests.mounts import is_mounted, raises, wait_until
-from tierd.node.sources import forced_stat
+from tierd.syscalls import forced_stat
 
 DATA = bytes(range(256)) * 4096
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.objects.test_keys import MODEL_IDS, PARTS, VERSIONS
+from tierd.objects.keys import ObjectName
 from tierd.objects.manifest import (
     Attributes,
     DirectoryEntry,
@@ -37,6 +38,7 @@ SMALL = (
     FileEntry(b"config.json", MODE, 10, SHA, None, 7),
     FileEntry(b"dir/a", MODE, 1 << 40, SHA, 1, 8),
     FileEntry(b"dir/b\xff\n", MODE, 1 << 40, SHA, 1, 8),
+    FileEntry(b"dir/cold", MODE, 11, SHA, elsewhere=ObjectName("org/other", 2, b"\xff/x")),
     LinkEntry(b"dir/link", MODE, b"../../../etc/passwd"),
 )
 """A link may lead anywhere: it is only ever made, never followed."""
@@ -66,6 +68,26 @@ def test_one_of_everything_comes_back() -> None:
     manifest = small()
     assert decode(encode(manifest)) == manifest
     assert list(manifest.entries()) == [*SMALL]
+
+
+def test_a_file_whose_object_is_elsewhere_says_where() -> None:
+    content = json.loads(encode(small()).split(b"\n")[0])["files"][-1]
+    assert content["elsewhere"] == {"model_id": "org/other", "version": 2, "path": "\udcff/x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"model_id": "../x"}, "elsewhere of 'dir/cold' cannot be"),
+        ({"version": 0}, "elsewhere of 'dir/cold' cannot be"),
+        ({"path": "a/../b"}, "elsewhere of 'dir/cold' cannot be"),
+        ({"version": "1"}, r"files\[3\].elsewhere.version is str"),
+        ({"key": "x"}, r"files\[3\].elsewhere.'key' is unknown"),
+    ],
+)
+def test_elsewhere_can_only_be_an_object(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(ManifestDamaged, match=match):
+        decode(text_of(lambda content: content["files"][3]["elsewhere"].update(change)))
 
 
 def test_the_text_is_what_it_was_in_every_release() -> None:

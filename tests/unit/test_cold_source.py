@@ -17,8 +17,9 @@ from tests.cold import freeze, origins_of, stub_of
 from tierd.node import stub_layer
 from tierd.node.cold_source import Cold, ColdSource
 from tierd.node.sources import Changes, Creator, Moved, PosixSource, Ref
-from tierd.node.stub_layer import is_cold, locked, warm
+from tierd.stub_files import is_cold, locked, warm, write_origins
 from tierd.stubs import RESERVED, Origin, OriginsDamaged, decode, encode
+from tierd.syscalls import RENAME_EXCHANGE
 
 OWN = Creator(os.geteuid(), os.getegid())
 SIZE = 5000
@@ -162,6 +163,17 @@ def test_removing_a_name_removes_both(source: ColdSource, model: Path, fd: int) 
     assert source.list_names(fd) == [b"hot", b"b"] or sorted(source.list_names(fd)) == [b"b", b"hot"]
 
 
+def test_renaming_a_file_takes_the_stub_that_it_hides_away(source: ColdSource, model: Path, fd: int) -> None:
+    """Else its old name would turn up again; a demotion leaves it like this for a moment, or when it is killed."""
+    (model / "a").write_bytes(b"hot again")
+    source.rename(fd, b"a", fd, b"new", 0)
+    assert sorted(source.list_names(fd)) == [b"b", b"hot", b"new"]
+    (model / "b").write_bytes(b"hot again")
+    source.rename(fd, b"b", fd, b"hot", RENAME_EXCHANGE)
+    assert sorted(source.list_names(fd)) == [b"b", b"hot", b"new"]
+    assert stub_of(model / "b").exists()
+
+
 def test_a_directory_with_a_cold_file_is_not_empty(source: ColdSource, model: Path, fd: int) -> None:
     (model / "hot").unlink()
     with pytest.raises(OSError, match=os.strerror(errno.ENOTEMPTY)):
@@ -203,7 +215,7 @@ def test_new_origins_are_seen_at_once(source: ColdSource, model: Path, fd: int, 
     assert source.lstat(fd, b"a").st_size == SIZE
     base = os.open(model / ".tierd", os.O_PATH)
     os.utime(model / ".tierd/origins", ns=(1, 1))
-    stub_layer.write_origins(base, {stub_of(model / "a").stat().st_ino: Origin("models/m", 2, b"a", 7, "0" * 64)})
+    write_origins(base, {stub_of(model / "a").stat().st_ino: Origin("models/m", 2, b"a", 7, "0" * 64)})
     os.close(base)
     assert source.lstat(fd, b"a").st_size == 7
 

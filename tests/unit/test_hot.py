@@ -17,8 +17,9 @@ from tests.unit.copies import WAIT_SECONDS, add_copy, flip, own_store
 from tierd.node import hot as hot_module
 from tierd.node.hot import FIRST_FH, HotFile, HotFiles
 from tierd.node.inodes import Node, pack
-from tierd.node.sources import forced_stat, version_of
+from tierd.node.sources import version_of
 from tierd.node.store import Copy, Store
+from tierd.syscalls import forced_stat
 
 ENTRY_OUT = struct.Struct("=QQQQIIQQQqqqIIIIIIIIII")
 UID, PID = 1000, os.getpid()

@@ -38,6 +38,10 @@ CREATE TABLE IF NOT EXISTS tierd_migrations (
 """
 
 
+class SchemaError(DatabaseError):
+    """The database is not what this version works with; waiting does not help."""
+
+
 class Migration(NamedTuple):
     """One file."""
 
@@ -86,17 +90,17 @@ def known(directory: Path = MIGRATIONS) -> tuple[Migration, ...]:
 async def state(connection: Connection, migrations: Sequence[Migration]) -> State:
     """What is applied and what is not.
 
-    Raises DatabaseError if the database is newer than `migrations`, or was made by other files than these.
+    Raises SchemaError if the database is newer than `migrations`, or was made by other files than these.
     """
     applied = await _applied(connection)
     for row, migration in zip(applied, migrations, strict=False):
         if (row.version, row.name, row.sha256) != (migration.version, migration.name, migration.sha256):
-            raise DatabaseError(
+            raise SchemaError(
                 f"migration {row} of the database is not the {migration} of this version",
                 hint="it was changed after it had been applied: use the version of tierd that applied it",
             )
     if len(applied) > len(migrations):
-        raise DatabaseError(
+        raise SchemaError(
             f"the database has migration {applied[-1]}, this version knows {len(migrations)}",
             hint="use the newer tierd that made it; migrations are not undone",
         )
@@ -132,9 +136,9 @@ async def migrate(connection: Connection, migrations: Sequence[Migration]) -> tu
 
 
 async def require_current(connection: Connection) -> None:
-    """Raises DatabaseError unless the database is what this version works with."""
+    """Raises SchemaError unless the database is what this version works with."""
     if pending := (await state(connection, known())).pending:
-        raise DatabaseError(f"the database lacks migration {pending[0]}", hint="run `tierd db migrate`")
+        raise SchemaError(f"the database lacks migration {pending[0]}", hint="run `tierd db migrate`")
 
 
 async def _applied(connection: Connection) -> tuple[Applied, ...]:

@@ -8,15 +8,31 @@ every pod beside a service `tierd-controller`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
-from tierd.config import Naming, PathSetting, Seconds, Whole, load_as, read_secret
+from tierd.config import (
+    Bytes,
+    ModelsRoots,
+    Naming,
+    Objects,
+    PathSetting,
+    Ratio,
+    Seconds,
+    Whole,
+    host_port,
+    load_as,
+    read_secret,
+    relative_root,
+)
 from tierd.errors import UsageError
 
 CONTROLLER = Naming(
@@ -29,6 +45,9 @@ SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-
 """As libpq has them (PostgreSQL documentation, 34.19)."""
 _VERIFYING = ("verify-ca", "verify-full")
 _POSTGRES_PORT = 5432
+_DAY_MINUTES = 24 * 60
+_DAY_SECONDS = 86_400.0
+_TIME_OF_DAY = re.compile(r"(?P<hour>[01]?[0-9]|2[0-3]):(?P<minute>[0-5][0-9])", re.ASCII)
 
 
 class PostgresUrl(NamedTuple):
@@ -94,6 +113,31 @@ class PostgresAddress:
         return f"{self.host}:{self.port}/{self.database}"
 
 
+def _time_of_day(value: Any) -> Any:
+    """`02:00`, or None for `never`. YAML takes an unquoted 12:30 for a number in base 60, and `off` for False."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _DAY_MINUTES:
+        return time(value // 60, value % 60)
+    if value is None or isinstance(value, time):
+        return value
+    if value is False or value in ("never", "off"):
+        return None
+    match = _TIME_OF_DAY.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("must be a time of day such as 02:00, or never")
+    return time(int(match["hour"]), int(match["minute"]))
+
+
+def _zone_name(value: Any) -> Any:
+    try:
+        ZoneInfo(value)
+    except (KeyError, ValueError, TypeError, OSError):  # of a name that is a directory, too
+        raise ValueError("must be a time zone such as Asia/Seoul or UTC") from None
+    return value
+
+
+TimeOfDay = Annotated[time | None, BeforeValidator(_time_of_day)]
+
+
 class ControllerSettings(BaseModel):
     """Everything the controller needs to know. Times are seconds."""
 
@@ -114,6 +158,41 @@ class ControllerSettings(BaseModel):
     redis: SecretStr | None = None
     redis_password_file: PathSetting | None = None
     redis_ca: PathSetting | None = None
+    source: PathSetting | None = None
+    models_root: ModelsRoots = ("models", "hot-models")
+    objects: Objects = None
+    state_dir: PathSetting = Path("/var/lib/tierd-controller")
+    metrics: str = "127.0.0.1:9569"
+    time_zone: Annotated[str, BeforeValidator(_zone_name)] = "UTC"
+    cleanup_at: TimeOfDay = time(2)
+    unused_days: Ratio = Field(30.0, gt=0, le=36_500)
+    models_hot_budget: Bytes = Field(0, ge=0)
+    budget_spares_days: Ratio = Field(1.0, ge=0, le=36_500)
+    cleanup_models_max: Whole = Field(20, ge=1)
+    cleanup_bytes_max: Bytes = Field(2 << 40, ge=0)
+    cleanup_share_max: Ratio = Field(0.25, gt=0, le=1)
+    cleanup_errors_max: Ratio = Field(0.2, ge=0, le=1)
+    catalogue_drop_max: Ratio = Field(0.5, ge=0, le=1)
+    nodes_report: bool = True
+    lease_report_max_age: Seconds = Field(300.0, gt=0, le=86_400)
+    grace: Seconds = Field(7 * _DAY_SECONDS, ge=0)
+    move_events_kept: Whole = Field(100_000, ge=0)
+    shutdown_timeout: Seconds = Field(25.0, gt=0, le=3600)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "console", "json"] = "auto"
+
+    @field_validator("models_root")
+    @classmethod
+    def _roots_stay_inside(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
+        if not roots:
+            raise ValueError("must name a directory")
+        return tuple(relative_root(root) for root in roots)
+
+    @field_validator("metrics")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        host_port(value)
+        return value
 
     @field_validator("postgres")
     @classmethod
@@ -135,6 +214,16 @@ class ControllerSettings(BaseModel):
         if value is not None and info.data.get("postgres_password") is not None:
             raise ValueError("and postgres_password are both set; take one")
         return value
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """Where the schedule's times are of."""
+        return ZoneInfo(self.time_zone)
+
+    @property
+    def models_roots_bytes(self) -> tuple[bytes, ...]:
+        """The models roots as paths are compared."""
+        return tuple(root.encode("utf-8", "surrogateescape") for root in self.models_root)
 
     def database(self) -> PostgresAddress:
         """Where the database is: what the URL says, and the other settings for what it leaves out.

@@ -30,7 +30,7 @@ FOR UPDATE OF a
 """Until the end of the transaction nobody else applies batches of these boots."""
 
 SET_APPLIED = """
-UPDATE statistics_applied a SET sequence = given.sequence
+UPDATE statistics_applied a SET sequence = given.sequence, applied_at = now()
 FROM unnest($1::text[], $2::uuid[], $3::bigint[]) AS given (node_id, boot, sequence)
 WHERE a.node_id = given.node_id AND a.boot = given.boot AND a.sequence < given.sequence
 """

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs
 
 import trio
 
+from tierd import web
 from tierd.errors import TierdError, UsageError
 from tierd.metrics import Metrics
 
@@ -85,24 +86,12 @@ def opens_limit(request: Request) -> int:
 
 
 def metrics_app(metrics: Metrics, mountpoint: Path) -> Starlette:
-    """The app behind `--metrics`: /metrics, /healthz (the process answers), /readyz (the mount answers)."""
-    from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-    from starlette.applications import Starlette
-    from starlette.responses import PlainTextResponse, Response
-    from starlette.routing import Route
+    """The app behind `--metrics`; ready is a mount that answers."""
 
-    async def tell_metrics(_: Request) -> Response:
-        text = await trio.to_thread.run_sync(generate_latest, metrics.registry)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+    async def why_not_ready() -> str:
+        return "" if await mount_answers(mountpoint) else "mount does not answer"
 
-    async def healthy(_: Request) -> Response:
-        return PlainTextResponse("ok\n")
-
-    async def ready(_: Request) -> Response:
-        answers = await mount_answers(mountpoint)
-        return PlainTextResponse("ok\n" if answers else "mount does not answer\n", 200 if answers else 503)
-
-    return Starlette(routes=[Route("/metrics", tell_metrics), Route("/healthz", healthy), Route("/readyz", ready)])
+    return web.metrics_app(metrics.registry, why_not_ready, trio.to_thread.run_sync)
 
 
 _probe_limit = trio.CapacityLimiter(2)
@@ -142,12 +131,6 @@ def bind_private(server: socket.socket, path: Path) -> socket.socket:
 
 async def serve(app: Starlette, listener: socket.socket, until: Callable[[], Awaitable[None]]) -> None:
     """Serve `app` on a socket that is already listening, until `until` returns."""
-    from hypercorn.config import Config
     from hypercorn.trio import serve as hypercorn_serve
 
-    config = Config()
-    config.bind = [f"fd://{listener.detach()}"]
-    config.accesslog = None
-    config.errorlog = None
-    config.graceful_timeout = 1.0
-    await hypercorn_serve(cast(Any, app), config, shutdown_trigger=until, mode="asgi")
+    await hypercorn_serve(cast(Any, app), web.config_of(listener), shutdown_trigger=until, mode="asgi")

@@ -5,28 +5,11 @@ from __future__ import annotations
 import os
 import struct
 
+from tierd.syscalls import stat_result
+
 _ATTRIBUTES = struct.Struct("=QIQQIIIQqqqQQQ")
 """Node ID; mode, inode, device, links, owner, group, size; access, modification and change time in nanoseconds; block
 size, blocks, device number."""
-_NS = 1_000_000_000
-
-
-def stat_result(
-    mode: int, inode: int, device: int, nlink: int, uid: int, gid: int, size: int, atime_ns: int, mtime_ns: int,
-    ctime_ns: int, blksize: int, blocks: int, rdev: int,
-) -> os.stat_result:  # fmt: skip
-    """An os.stat_result that says this; times in nanoseconds since the epoch."""
-    seconds = (atime_ns // _NS, mtime_ns // _NS, ctime_ns // _NS)
-    more = {
-        "st_atime_ns": atime_ns,
-        "st_mtime_ns": mtime_ns,
-        "st_ctime_ns": ctime_ns,
-        "st_blksize": blksize,
-        "st_blocks": blocks,
-        "st_rdev": rdev,
-    }
-    fields = (mode, inode, device, nlink, uid, gid, size, *seconds)
-    return os.stat_result(fields, more)
 
 
 def unlinked(st: os.stat_result) -> os.stat_result:
@@ -35,10 +18,10 @@ def unlinked(st: os.stat_result) -> os.stat_result:
     return stat_result(mode, inode, device, 0, *rest)
 
 
-def changed(st: os.stat_result, *, mode: int, size: int) -> os.stat_result:
-    """The same attributes with another mode and size."""
-    _, inode, device, nlink, uid, gid, _, *rest = _fields(st)
-    return stat_result(mode, inode, device, nlink, uid, gid, size, *rest)
+def changed(st: os.stat_result, *, mode: int, size: int, mtime_ns: int) -> os.stat_result:
+    """The same attributes with another mode, size and modification time."""
+    _, inode, device, nlink, uid, gid, _, atime_ns, _, *rest = _fields(st)
+    return stat_result(mode, inode, device, nlink, uid, gid, size, atime_ns, mtime_ns, *rest)
 
 
 def differ(one: os.stat_result, other: os.stat_result) -> bool:

@@ -13,17 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import structlog
-
+from tierd import model_walk
+from tierd.model_walk import ModelWalk
 from tierd.node.cold_source import ColdSource
 from tierd.node.copies import Identity
 from tierd.stubs import RESERVED
-from tierd.units import looks_like_model, model_of, root_of
-
-log = structlog.get_logger(__name__)
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-FILES_MAX = 2_000_000
+FILES_MAX = model_walk.FILES_MAX
 """Where a walk gives up; the result then says that it is incomplete."""
 
 
@@ -39,9 +36,12 @@ class Catalog:
 def walk(source: ColdSource, roots: Sequence[bytes]) -> Catalog:
     """Find the models below the roots."""
     catalog = Catalog()
-    for root in dict.fromkeys(roots):
-        if root_of(root, [other for other in roots if other != root]) is None:
-            _walk_root(catalog, source, root, roots)
+    counted: set[tuple[int, int]] = set()
+    found = ModelWalk(os.fsencode(source.path), roots, lambda directory: _cold_names(source, directory), FILES_MAX)
+    for model, path, cold in found:
+        size = _size_once(path, counted, cold)
+        catalog.size_bytes[model] = catalog.size_bytes.get(model, 0) + size
+    catalog.complete, catalog.files = found.complete, found.files
     return catalog
 
 
@@ -98,34 +98,6 @@ def _entries_in(
     for name, st in zip(wanted, found, strict=True):
         if st is not None:
             yield os.path.relpath(os.path.join(directory, name), base), st
-
-
-def _walk_root(catalog: Catalog, source: ColdSource, root: bytes, roots: Sequence[bytes]) -> None:
-    base = os.fsencode(source.path)
-    marked: set[bytes] = set()
-    counted: set[tuple[int, int]] = set()
-
-    def unreadable(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            log.warning("catalog_unreadable", reason=str(error))
-            catalog.complete = False
-
-    for directory, below, names in os.walk(os.path.join(base, root), onerror=unreadable):
-        cold = _cold_names(source, directory) if RESERVED in below else {}
-        below[:] = [name for name in below if name != RESERVED]
-        relative = os.path.relpath(directory, base)
-        if looks_like_model([*names, *cold]):
-            marked.add(relative)
-        for name in (*names, *cold):
-            if catalog.files >= FILES_MAX:
-                catalog.complete = False
-                return
-            catalog.files += 1
-            path = os.path.join(relative, name) if relative != b"." else name
-            model = model_of(path, roots, marked.__contains__)
-            if model is not None:
-                size = _size_once(os.path.join(directory, name), counted, cold.get(name))
-                catalog.size_bytes[model] = catalog.size_bytes.get(model, 0) + size
 
 
 def _cold_names(source: ColdSource, directory: bytes) -> dict[bytes, os.stat_result]:

@@ -8,21 +8,19 @@ Contract: blocking; any thread.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import structlog
 
 from tierd.node.copies import CHUNK_BYTES, Identity
 from tierd.node.sources import version_of
-from tierd.node.stub_layer import is_cold, locked, warm
-from tierd.objects.keys import object_key
-from tierd.objects.store import FileRange, Into, ObjectStore, Stored
+from tierd.node.stub_layer import looking
+from tierd.objects.store import FileRange, Into, ObjectStore
+from tierd.recall import fetch_from, recall
+from tierd.stub_files import is_cold
 from tierd.stubs import Origin
 from tierd.units import display
 
@@ -30,8 +28,6 @@ log = structlog.get_logger(__name__)
 
 _CACHED_CHUNKS_MAX: Final = 16
 _KNOWN_MAX: Final = 100_000
-_STREAMS: Final = 4
-_HASH_BYTES: Final = 1 << 20
 
 
 class _Chunk:
@@ -49,8 +45,7 @@ class ColdBytes:
     """See the module. `bucket` holds the objects of cold files."""
 
     def __init__(self, store: ObjectStore, bucket: str) -> None:
-        self._store = store
-        self._bucket = bucket
+        self._fetch_object = fetch_from(store, bucket)
         self._lock = threading.Lock()
         self._chunks: OrderedDict[tuple[str, int], _Chunk] = OrderedDict()
         self._origins: OrderedDict[int, Origin] = OrderedDict()
@@ -76,14 +71,13 @@ class ColdBytes:
     def identify(self, st: os.stat_result) -> Identity | None:
         """The version of the cold file whose stub has these attributes; None if it is no stub, or no longer."""
         origin = self.origin_of(st.st_ino) if is_cold(st) else None
-        return Identity(st.st_ino, *version_of(st)._replace(size=origin.size)) if origin is not None else None
+        return Identity(st.st_ino, *version_of(looking(st, origin.size))) if origin is not None else None
 
     # --- ranges ---
 
     def fetch(self, origin: Origin, offset: int, into: Into) -> None:
         """Read bytes from `offset` on until `into` is full. Raises ObjectError."""
-        key = object_key(origin.model_id, origin.version, origin.path)
-        self._store.get_range(self._bucket, key, Stored(origin.size, origin.sha256), offset, into)
+        self._fetch_object(origin, offset, into)
         length = into.length if isinstance(into, FileRange) else into.nbytes
         with self._lock:
             self.fetched_bytes += length
@@ -133,39 +127,9 @@ class ColdBytes:
     # --- whole files ---
 
     def recall(self, path: str, origin: Origin) -> None:
-        """Bring the bytes back into the source: into the stub itself, which `path` leads to, so that all its names and
-        open descriptors have them. Waits for whoever else does so. Raises ObjectError, OSError."""
-        with locked(path) as fd:
-            before = os.fstat(fd)
-            if not is_cold(before):
-                return
-            writable = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                os.ftruncate(writable, 0)  # what somebody left who did not end
-                self._bring(writable, origin)
-                os.utime(writable, ns=(before.st_atime_ns, before.st_mtime_ns))
-                warm(fd)
-            except BaseException:
-                os.ftruncate(writable, 0)
-                raise
-            finally:
-                os.close(writable)
-        with self._lock:
-            self.recalls += 1
-        log.info("recalled", model=display(os.fsencode(origin.model_id)), path=display(origin.path), bytes=origin.size)
-
-    def _bring(self, fd: int, origin: Origin) -> None:
-        def bring(start: int) -> None:
-            self.fetch(origin, start, FileRange(fd, start, min(CHUNK_BYTES, origin.size - start)))
-
-        with ThreadPoolExecutor(_STREAMS, thread_name_prefix="recall") as pool:
-            for _ in pool.map(bring, range(0, origin.size, CHUNK_BYTES)):
-                pass
-        os.fsync(fd)
-        digest = hashlib.sha256()
-        for offset in range(0, origin.size, _HASH_BYTES):
-            digest.update(os.pread(fd, _HASH_BYTES, offset))
-        if digest.hexdigest() != origin.sha256:
-            raise OSError(
-                errno.EIO, f"{display(origin.path)}: what came back from the source is not what was written to it"
-            )
+        """Bring the bytes back into the source, as `recall.recall` does. Raises ObjectError, OSError."""
+        if recall(path, origin, self.fetch):
+            with self._lock:
+                self.recalls += 1
+            model = display(os.fsencode(origin.model_id))
+            log.info("recalled", model=model, path=display(origin.path), bytes=origin.size)

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from tierd.node.sources import (
-    RENAME_EXCHANGE,
-    RENAME_NOREPLACE,
     About,
     Change,
     Changes,
@@ -30,11 +28,11 @@ from tierd.node.sources import (
     Ref,
     Root,
     Version,
-    forced_stat,
-    renameat2,
 )
-from tierd.node.stub_layer import Layer, Layers, Stub, is_cold, locked, remove_layer, warm
+from tierd.node.stub_layer import Layer, Layers, Stub
+from tierd.stub_files import is_cold, locked, remove_layer, warm
 from tierd.stubs import COLD_MARK, RESERVED, Origin
+from tierd.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, forced_stat, renameat2
 
 
 class Cold(Exception):
@@ -181,6 +179,8 @@ class ColdSource(PosixSource):
             return Change(stub.attributes, super().setattr(ref, changes, fd).after)
         if changes.mode is not None:
             changes = replace(changes, mode=changes.mode | COLD_MARK)
+        if changes.mtime_ns is not None or changes.atime_ns is not None:
+            changes = replace(changes, atime_ns=changes.mtime_ns)  # see `mtime_of`: bytes may be on their way
         return Change(*(stub.of(st) for st in super().setattr(ref, changes, fd)))
 
     def setxattr(self, ref: Ref, name: bytes, value: bytes) -> Change:
@@ -325,7 +325,10 @@ class ColdSource(PosixSource):
 
     def _rename_hot(self, old_fd: int, old: bytes, new_fd: int, new: bytes, *rest: Any) -> tuple[Change, Change | None]:
         try:
-            return super().rename(old_fd, old, new_fd, new, *rest)
+            done = super().rename(old_fd, old, new_fd, new, *rest)
+            if rest[0] != RENAME_EXCHANGE:
+                self._drop_stub(old_fd, old)  # one that the file hid: its name would turn up again
+            return done
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or rest[0] != 0:
                 raise

@@ -37,6 +37,7 @@ from tierd.node.once import Once
 from tierd.node.overlay import Overlay
 from tierd.node.packets import ADMIN_LISTENER, LEDGER, METRICS_LISTENER, SOURCE_ROOT, lives
 from tierd.node.process import calm_garbage_collector, passthrough_ability, raise_priority, tune_mount
+from tierd.node.recall_bounds import RecallBounds
 from tierd.node.recorder import ModelDirs, Recorder
 from tierd.node.seam import Inheritance, Seam
 from tierd.node.sources import Root
@@ -214,6 +215,14 @@ class Daemon:
             self._hot_events = trio.Event()
             self.overlay.take_events()
 
+    def _recall_bounds(self) -> RecallBounds:
+        return RecallBounds(
+            self.settings.recalls_per_user,
+            self.settings.recall_bytes_per_hour,
+            is_coming=self.tier.tier.is_coming if self.tier else lambda model: False,
+            refused=self.metrics.recall_bounded,
+        )
+
     def _connect(self) -> None:
         """Build what stands between the seam and the source."""
         self.overlay = Overlay(
@@ -228,6 +237,8 @@ class Daemon:
             once=Once(self.ledger, self.source.key, intents_of(self._estate) if self._estate else {}),
             holder=self._keeping,
             cold=self.cold,
+            bounds=self._recall_bounds(),
+            loaded=self.publisher.exchange.wishes.loaded if self.publisher else lambda path: None,
         )
         operations = fuse.FuseOperations(
             self.overlay,

@@ -134,7 +134,9 @@ class FuseOperations(pyfuse3.Operations):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        return self._entry(await self.overlay.setattr(inode, _changes(attr, fields), fh, self._caller(ctx).unique))
+        caller = self._caller(ctx)
+        changes = _changes(attr, fields)
+        return self._entry(await self.overlay.setattr(inode, changes, fh, caller.unique, caller.uid))
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:

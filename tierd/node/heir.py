@@ -27,6 +27,7 @@ from tierd.node.overlay import Overlay
 from tierd.node.packets import FIRST_HANDLE
 from tierd.node.reach import YOUNG_SECONDS
 from tierd.node.reads import ReadTarget
+from tierd.node.recall_bounds import UNKNOWN_USER
 from tierd.node.store import Copy
 from tierd.stubs import decode
 
@@ -111,5 +112,5 @@ def _inherit_cold(heir: Heir, record: HandleRecord, node: Node) -> None:
     handle = FileHandle(record.fh, node, -1, False)
     (origin,) = decode(record.copy.removeprefix(COLD_PREFIX)).values()
     handle.origin = origin
-    handle.target = heir.overlay.cold_target(record.fh, origin, 0)
+    handle.target = heir.overlay.cold_target(handle, origin, 0, UNKNOWN_USER)
     heir.overlay.inherit_handle(handle, record.model)

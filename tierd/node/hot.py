@@ -27,8 +27,9 @@ from typing import Final, Literal, NamedTuple
 from tierd.node.caller import pod_of
 from tierd.node.inodes import Node, pack
 from tierd.node.ledger import HANDLE, HandleRecord, Ledger
-from tierd.node.sources import Key, forced_stat, version_of
+from tierd.node.sources import Key, version_of
 from tierd.node.store import Copy, seal_of
+from tierd.syscalls import forced_stat
 
 HOT_MAX: Final = 1024
 """Files published at once, each with a descriptor of its copy; the one used least recently goes first."""

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import structlog
 
+from tierd import web
 from tierd.config import MountSettings
 from tierd.node import admin, handing, packets, preflight, template
 from tierd.node.sources import Root, find_root
@@ -45,7 +46,7 @@ def launch(
     checked = preflight.check_paths(settings)
     preflight.check_fuse(allow_other=allows_other(settings))
     with ExitStack() as stack:
-        listener = stack.enter_context(preflight.listen(checked.metrics))
+        listener = stack.enter_context(web.listen(checked.metrics, "--metrics HOST:PORT"))
         assert checked.state_dir is not None
         locks = stack.enter_context(preflight.exclusive(checked.state_dir, checked.mountpoint))
         cache = stack.enter_context(preflight.exclusive_cache(checked))

@@ -213,7 +213,7 @@ class Opens(ColdFiles):
         try:
             found = await self._reach_to_open(node, flags, caller, kept)
         except Cold as cold:
-            await self._brought(cold)
+            await self._brought(cold, caller.uid)
         self._withdraw(node)
         packed = pack(found.version)
         changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
@@ -345,7 +345,7 @@ class Opens(ColdFiles):
         handle = FileHandle(found.fh, node, found.fd, access != os.O_RDONLY)
         if found.stub is not None and found.stub.origin is not None:
             handle.origin, handle.attributes = found.stub.origin, found.stub.attributes
-            handle.target = self.cold_target(handle.fh, handle.origin, caller.pid)
+            handle.target = self.cold_target(handle, handle.origin, caller.pid, caller.uid)
             self.cold_opens += 1
         self._register(handle, found.model)
         if access != os.O_WRONLY:

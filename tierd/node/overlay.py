@@ -26,7 +26,9 @@ from tierd.node.ledger import HANDLE, ROOT_ID, HandleRecord
 from tierd.node.once import Inode
 from tierd.node.opens import PASSTHROUGH_BYTES_MIN, Opens, owner_of, reads_copy
 from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, of_source
-from tierd.node.sources import ACL_NAMES, RENAME_EXCHANGE, Change, Changes, Moved, Ref
+from tierd.node.recall_bounds import UNKNOWN_USER
+from tierd.node.sources import ACL_NAMES, Change, Changes, Moved, Ref
+from tierd.syscalls import RENAME_EXCHANGE
 
 _READDIR_BATCH_MAX = 512
 _DOTS = (b".", b"..")
@@ -112,7 +114,9 @@ class Overlay(Opens):
         self._remember(node, st)
         return Entry(node_id, st, lasting=not node.retired)
 
-    async def setattr(self, node_id: int, changes: Changes, fh: int | None, unique: int = 0) -> Entry:
+    async def setattr(
+        self, node_id: int, changes: Changes, fh: int | None, unique: int = 0, uid: int = UNKNOWN_USER
+    ) -> Entry:
         """chmod, chown, truncate and utimens in one."""
         node = self.inodes.get(node_id)
         handle = self.files.get(fh) if fh is not None else None
@@ -120,7 +124,7 @@ class Overlay(Opens):
             try:
                 change = await self._on_node(node, self._setattr_blocking, changes, None, unique)
             except Cold as cold:
-                await self._brought(cold)
+                await self._brought(cold, uid)
         else:
             with self._using(handle):
                 ref = Ref(handle.fd, None, node.key)

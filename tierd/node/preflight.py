@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import IO, NamedTuple
 import psutil
 import structlog
 
-from tierd.config import MountSettings, host_port
+from tierd.config import MountSettings
 from tierd.errors import UsageError
 from tierd.node.handing import clean_up
 from tierd.runtime import (
@@ -298,27 +297,6 @@ def _take_lock(path: Path) -> IO[str] | None:
             time.sleep(_LOCK_PAUSE_SECONDS)
         file.close()
     return None
-
-
-def listen(address: str) -> socket.socket:
-    """A listening TCP socket, so that a taken port is found before anything is mounted. Raises UsageError."""
-    host, port = host_port(address)
-    try:
-        family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        server = socket.socket(family, kind, proto)
-        try:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind(where)
-            server.listen(128)
-        except OSError:
-            server.close()
-            raise
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "no such host"
-        raise UsageError(
-            f"cannot serve metrics on {address}: {reason}", hint="choose another with --metrics HOST:PORT"
-        ) from None
-    return server
 
 
 def check_fuse(*, allow_other: bool) -> None:

@@ -19,10 +19,13 @@ import structlog
 import trio
 from redis.exceptions import RedisError
 
+from tierd import promote_wishes
 from tierd.errors import TierdError
 from tierd.metrics import PublishMetrics
 from tierd.node.answers import iso_time
 from tierd.node.outbox import Outbox
+from tierd.node.wishes import Wishes
+from tierd.promote_wishes import PromoteWish
 from tierd.statistics import (
     FIELD,
     LEASES_MAX,
@@ -83,6 +86,7 @@ class Exchange:
         node_id: str,
         *,
         version: str,
+        wishes: Wishes | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -90,6 +94,7 @@ class Exchange:
         self.node_id = node_id
         self._connect = connect
         self._version = version
+        self.wishes = wishes if wishes is not None else Wishes()
         self._clock = clock
         self._now_ns = now_ns
         self._client: Client | None = None
@@ -125,10 +130,21 @@ class Exchange:
         for message in (*(self._message(oldest, batch=batch) for batch in due), self._report(oldest, leases)):
             fields = {FIELD: encode(message)}
             pipeline.xadd(STREAM, fields, maxlen=STREAM_MESSAGES_MAX, approximate=True)
+        asked = self._ask(pipeline)
         for answer in pipeline.execute():
             if isinstance(answer, Exception):
                 raise answer
+        self.wishes.sent(asked)
         self._note_sent(waiting, due)
+
+    def _ask(self, pipeline: Pipeline) -> tuple[str, ...]:
+        """Which models shall become hot; nothing waits for an answer."""
+        asked = self.wishes.due()
+        if asked:
+            fields = {FIELD: promote_wishes.encode(PromoteWish(node_id=self.node_id, models=asked))}
+            most = promote_wishes.STREAM_MESSAGES_MAX
+            pipeline.xadd(promote_wishes.STREAM, fields, maxlen=most, approximate=True)
+        return asked
 
     def hang_up(self) -> None:
         """Close the connection. Whatever waits is sent again by the next one: who was away may have lost it."""

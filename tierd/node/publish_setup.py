@@ -24,6 +24,7 @@ from tierd.node.open_models import OpenModels
 from tierd.node.outbox import Outbox
 from tierd.node.overlay import Overlay
 from tierd.node.publish import Client, Exchange, Publisher
+from tierd.node.wishes import Wishes
 from tierd.redis_options import address, redis_options
 from tierd.units import model_of
 
@@ -34,6 +35,9 @@ GAUGES: Final[dict[str, tuple[str, Callable[[Publisher], float]]]] = {
     "publish_backlog_batches": ("Batches that the controller has not acknowledged.", lambda p: p.exchange.backlog),
     "publish_acknowledged_batches": ("Batches acknowledged since start.", lambda p: p.exchange.acknowledged),
     "publish_resent_batches": ("Batches sent again since start.", lambda p: p.exchange.resent),
+    "promote_wishes_waiting": ("Cold models to be asked for.", lambda p: len(p.exchange.wishes)),
+    "promote_wishes_sent": ("Cold models asked for since start.", lambda p: p.exchange.wishes.sent_count),
+    "promote_wishes_dropped": ("Cold models that no room was left for.", lambda p: p.exchange.wishes.dropped),
     "publish_dropped_models": ("Models that no catalogue can name.", lambda p: p.exchange.outbox.dropped),
 }
 """What is exported as `tierd_NAME` at each scrape."""
@@ -62,7 +66,13 @@ def publisher_of(
 
     metrics = PublishMetrics(registry)
     publisher = Publisher(
-        Exchange(Outbox(index), lambda: _connect(settings, url), node_id(settings), version=__version__),
+        Exchange(
+            Outbox(index),
+            lambda: _connect(settings, url),
+            node_id(settings),
+            version=__version__,
+            wishes=Wishes(model_of_path),
+        ),
         metrics,
         address=address(url),
         interval_s=settings.publish_interval,

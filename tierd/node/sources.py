@@ -9,37 +9,26 @@ something else by now raises `Moved`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import stat
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from tierd.errors import UsageError
-from tierd.node.attributes import stat_result
 from tierd.node.caller import acting_as
+from tierd.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, forced_stat, renameat2
 from tierd.units import split
 
 Key = int | tuple[int, int]
 """Identity of a source inode: its number, or (device, number) beyond the source's own device."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_AT_EMPTY_PATH = 0x1000
-_AT_STATX_FORCE_SYNC = 0x2000
-_STATX_BASIC_STATS = 0x7FF
-_AT_SYMLINK_NOFOLLOW = 0x100
-_STATX = struct.Struct("=4xI8xIIIH2xQQQ8xqI4x16xqI4xqI4xIIII112x")
-"""struct statx of include/uapi/linux/stat.h: blksize, nlink, uid, gid, mode, ino, size, blocks, atime, ctime, mtime,
-rdev, dev; without mask, attributes and btime."""
 _RACES_MAX = 3
 _OPEN_FLAGS_KEPT = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 """What of a pod's open flags reaches the source. Never O_APPEND (the kernel gives the offset, and a
 repeated write must land on the same bytes) nor O_DIRECT (our buffers are not aligned)."""
-RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 _RENAMEAT2_FLAGS = {0, RENAME_NOREPLACE, RENAME_EXCHANGE}
 _STEP_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _IO_BYTES_MAX = 1 << 30
@@ -110,31 +99,6 @@ def version_of(st: os.stat_result) -> Version:
 def forced_version(fd: int) -> Version:
     """The version of an open file as the metadata server knows it now. See `forced_stat`."""
     return version_of(forced_stat(fd))
-
-
-def forced_stat(fd: int, name: bytes = b"") -> os.stat_result:
-    """Attributes of an open file, or of entry `name` of a directory, past every attribute cache.
-
-    statx(2) with AT_STATX_FORCE_SYNC: on JuiceFS plain fstat may be an attribute timeout old.
-    May hang as long as the source does.
-    """
-    buffer = ctypes.create_string_buffer(_STATX.size)
-    flags = _AT_STATX_FORCE_SYNC | _AT_SYMLINK_NOFOLLOW | (0 if name else _AT_EMPTY_PATH)
-    if _libc.statx(fd, name, flags, _STATX_BASIC_STATS, buffer) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    (
-        blksize, nlink, uid, gid, mode, ino, size, blocks, atime_s, atime_ns, ctime_s, ctime_ns, mtime_s, mtime_ns,
-        rdev_major, rdev_minor, dev_major, dev_minor,
-    ) = _STATX.unpack(buffer)  # fmt: skip
-    return stat_result(
-        mode, ino, os.makedev(dev_major, dev_minor), nlink, uid, gid, size, _ns(atime_s, atime_ns),
-        _ns(mtime_s, mtime_ns), _ns(ctime_s, ctime_ns), blksize, blocks, os.makedev(rdev_major, rdev_minor),
-    )  # fmt: skip
-
-
-def _ns(seconds: int, nanoseconds: int) -> int:
-    return seconds * 1_000_000_000 + nanoseconds
 
 
 def read_at(fd: int, size: int, offset: int) -> bytes:
@@ -492,13 +456,6 @@ class PosixSource:
     def statvfs(self) -> os.statvfs_result:
         """Sizes and free space of the source."""
         return os.fstatvfs(self.root_fd)
-
-
-def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
-    """renameat2(2). Raises OSError."""
-    if _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def _stat_after(fd: int, before: os.stat_result) -> os.stat_result:

@@ -30,13 +30,14 @@ from tierd.node.fetch import fetch_chunk, fetch_cold_chunk
 from tierd.node.fill import STREAMS_PER_FILE, Fill, Outcome
 from tierd.node.filler import WORKERS, Filler, Refused, Stopped
 from tierd.node.listings import Listings
-from tierd.node.sources import forced_stat, version_of
+from tierd.node.sources import version_of
 from tierd.node.store import Store
-from tierd.node.stub_layer import is_cold
 from tierd.node.usage import Usage
 from tierd.node.wanted import Priority, Wanted
 from tierd.policy import Resident, Space, Watermarks, admit, next_victim, refusal, surplus_bytes
+from tierd.stub_files import is_cold
 from tierd.stubs import Origin
+from tierd.syscalls import forced_stat
 from tierd.units import display, holds_weights
 
 log = structlog.get_logger(__name__)
@@ -44,6 +45,8 @@ log = structlog.get_logger(__name__)
 _WEIGHTY_BYTES = 8 << 20
 """A file of this size is taken for weights whatever its name (a Hugging Face blob's is a hash)."""
 _REASONS_MAX = 1000
+_LISTING_SECONDS = 60.0
+"""How old a listing may be that only tells how much there is to come."""
 
 
 class TierMetrics(Protocol):
@@ -238,6 +241,16 @@ class NodeTier:
         """True if a source file, by its attributes as listed, has a current copy."""
         copy = self.store.find(file.identity.inode)
         return copy is not None and copy.identity == file.identity
+
+    def is_coming(self, model: bytes) -> bool:
+        """True if any of a model's files is being filled, or waits for it."""
+        filling = any(fill.model == model for fill in self.filler.active())
+        return filling or any(wanted.model == model for wanted in self.filler.queued())
+
+    def missing_bytes(self, model: bytes) -> int:
+        """What a model lacks here, as listed not long ago. Raises OSError."""
+        files = self.listings.recent(model, _LISTING_SECONDS)
+        return sum(file.identity.size for file in files if not self.has(file))
 
     def reason(self, model: bytes) -> str:
         """Why the last file of a model did not come in; empty if it did."""

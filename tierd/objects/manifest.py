@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from tierd.errors import TierdError, UsageError
-from tierd.objects.keys import VERSION_MAX, path_parts, shown, validate_model_id
+from tierd.objects.keys import VERSION_MAX, ObjectName, object_key, path_parts, shown, validate_model_id
 
 SIZE_MAX: Final = (1 << 63) - 1
 NS_MIN: Final = -(1 << 63)
@@ -61,6 +61,8 @@ class FileEntry:
     """Entries of one group are names of one inode: the same bytes and attributes, and one stub."""
     stub: int | None = None
     """Inode number of the empty file that keeps its place in the source; None in the copy beside the objects."""
+    elsewhere: ObjectName | None = None
+    """Where its object is, of a file that was cold before: not at this version. None: it is at this version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,16 @@ def _check_entry(entry: Entry) -> None:
         _within(f"group of {where}", entry.group or 0, 0, SIZE_MAX)
         if entry.stub is not None:
             _within(f"stub of {where}", entry.stub, 1, INODE_MAX)
+        _check_elsewhere(where, entry.elsewhere)
+
+
+def _check_elsewhere(where: str, elsewhere: ObjectName | None) -> None:
+    if elsewhere is None:
+        return
+    try:
+        object_key(*elsewhere)
+    except UsageError as error:
+        raise ManifestDamaged(f"elsewhere of {where}", f"cannot be: {error}") from None
 
 
 def _check_attributes(where: str, attributes: Attributes) -> None:
@@ -207,5 +219,5 @@ def _check_groups(files: Iterable[FileEntry]) -> None:
             raise ManifestDamaged("stub", f"{entry.stub} stands for different files, such as {shown(entry.path)}")
 
 
-def _inode(entry: FileEntry) -> tuple[Attributes, int, str, int | None]:
-    return entry.attributes, entry.size, entry.sha256, entry.stub
+def _inode(entry: FileEntry) -> tuple[Attributes, int, str, int | None, ObjectName | None]:
+    return entry.attributes, entry.size, entry.sha256, entry.stub, entry.elsewhere

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
-from tierd.objects.keys import shown
+from tierd.objects.keys import ObjectName, shown
 from tierd.objects.manifest import Attributes, DirectoryEntry, Entry, FileEntry, LinkEntry, Manifest, ManifestDamaged
 
 FORMAT: Final = 1
@@ -59,6 +59,8 @@ def _written(entry: Entry) -> dict[str, Any]:
     }
     if isinstance(entry, FileEntry):
         content |= {"size": entry.size, "sha256": entry.sha256, "group": entry.group, "stub": entry.stub}
+        if entry.elsewhere is not None:
+            content["elsewhere"] = entry.elsewhere._asdict() | {"path": _text(entry.elsewhere.path)}
     elif isinstance(entry, LinkEntry):
         content["target"] = _text(entry.target)
     return content
@@ -122,7 +124,16 @@ def _file(fields: _Fields) -> FileEntry:
         fields.text("sha256"),
         fields.integer_or_none("group"),
         fields.integer_or_none("stub"),
+        _elsewhere(fields.object_or_none("elsewhere")),
     )
+
+
+def _elsewhere(fields: _Fields | None) -> ObjectName | None:
+    if fields is None:
+        return None
+    found = ObjectName(fields.text("model_id"), fields.integer("version"), fields.name("path"))
+    fields.end()
+    return found
 
 
 def _link(fields: _Fields) -> LinkEntry:
@@ -168,6 +179,10 @@ class _Fields:
             del self._rest[key]
             return None
         return self._take(key, int)
+
+    def object_or_none(self, key: str) -> _Fields | None:
+        """An object that need not be there."""
+        return _Fields(self._named(key), self._rest.pop(key)) if key in self._rest else None
 
     def text(self, key: str) -> str:
         return self._take(key, str)

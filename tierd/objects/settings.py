@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tierd.config import Bytes, PathSetting, Seconds, Whole
 from tierd.errors import UsageError
@@ -86,6 +86,17 @@ def _endpoint(value: str) -> str:
     if url.path.strip("/") or url.query or url.fragment:
         raise ValueError("must end after host and port")
     return f"{url.scheme}://{url.netloc}"
+
+
+def describe(told: Mapping[str, Any]) -> ObjectsSettings:
+    """The settings that `objects` of a mount or a controller tells. Raises UsageError."""
+    try:
+        return ObjectsSettings.model_validate(told)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        reason = fault["msg"].removeprefix("Value error, ")
+        where = ".".join(str(part) for part in ("objects", *fault["loc"]))
+        raise UsageError(f"{where}: {reason}", hint="docs/OPERATIONS.md lists its settings") from None
 
 
 def open_store(settings: ObjectsSettings, environ: Mapping[str, str]) -> ObjectStore:

@@ -1,0 +1,34 @@
+"""Ends a process between any two effects of a move."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+
+class Killed(BaseException):
+    """As if the process had gone."""
+
+
+class Fate:
+    """Ends the process at the effect with a given number, 0 for none; `effects` are those it came by."""
+
+    def __init__(
+        self, last: int = 0, before: Callable[[str], None] = lambda effect: None, *, really: bool = False
+    ) -> None:
+        self._last = last
+        self._before = before
+        self._really = really
+        self.effects: list[str] = []
+
+    def __call__(self, effect: str) -> None:
+        """Just before an effect, or just after it."""
+        if self._last and len(self.effects) >= self._last:
+            raise Killed  # the other threads of a process end with it
+        self.effects.append(effect)
+        self._before(effect)
+        if len(self.effects) == self._last:
+            if self._really:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise Killed

@@ -1,0 +1,14 @@
+"""The jobs by name, for whoever only names them: the command line imports nothing of what they need."""
+
+from __future__ import annotations
+
+from typing import Final
+
+CLEANUP_UNUSED_MODELS: Final = "cleanup-unused-models"
+SCAN_CATALOGUE: Final = "scan-catalogue"
+
+JOB_HELP: Final = {
+    CLEANUP_UNUSED_MODELS: "Demote models that nobody has read for long, or for which hot storage has no room.",
+    SCAN_CATALOGUE: "Bring the catalogue up to date with the models roots of the source.",
+}
+"""Each job, and what it does in one line."""

@@ -1,0 +1,134 @@
+"""Takes a model from the cold tier back to the hot one: the steps of a promotion, each harmless to repeat.
+
+The bytes go into the stubs themselves, as they do when somebody writes to a cold file on a node (`promote.py`), so the
+model can be read at each moment, and nothing is ever undone: what came back may stay. Objects are never touched, the
+cold tier is an archive. `created_at` and the version of the model stay what they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from tierd.controller import cold_tree
+from tierd.controller import moves_sql as sql
+from tierd.controller.move_books import Move, add_move, lock_model, refuse_if_moving, set_state
+from tierd.controller.move_file import MoveRefused
+from tierd.controller.move_workshop import Workshop
+from tierd.controller.promote import Need, Promotion
+from tierd.controller.returning import manifest_name
+from tierd.controller.steps import MoveKind, MoveState, next_state
+from tierd.objects.keys import shown, validate_model_id
+from tierd.recall import fetch_from
+
+_TELL_SECONDS = 1.0
+
+
+class Promotions:
+    """See the module. Each step takes the move as it was read, and returns False if there is nothing to do for now."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self._shop = workshop
+        self.steps = {
+            MoveState.PLANNED: self.begin,
+            MoveState.COPYING: self.bring,
+            MoveState.SWITCHING: self.become_hot,
+        }
+
+    async def plan(self, model_id: str, reason: str, *, by_hand: bool) -> int:
+        """A new move; its ID. Raises MoveRefused, PromotionError, UsageError."""
+        validate_model_id(model_id)
+        async with self._shop.books.writing() as connection:  # before the model is walked
+            await refuse_if_moving(connection, model_id)
+        need = await self._shop.run(self._promotion(model_id).require_space)
+        single = not await self._shop.run(cold_tree.is_directory, self._shop.tree, model_id.encode())
+        async with self._shop.fenced("plan") as fence:
+            await refuse_if_moving(fence.connection, model_id)
+            model = await lock_model(fence.connection, model_id)
+            if model is None:
+                raise MoveRefused(
+                    f"{shown(model_id)} is not in the catalogue", hint="`tierd controller` adds what it finds"
+                )
+            if model.tier != "cold":
+                raise MoveRefused(f"{shown(model_id)} is hot already")
+            return await add_move(
+                fence.connection,
+                self._shop.books,
+                MoveKind.PROMOTE,
+                model_id,
+                reason,
+                size_bytes=need.bytes,
+                by_hand=by_hand,
+                version=model.version,
+                detail={"single": single, "files": need.files},
+            )
+
+    def _promotion(self, model_id: str) -> Promotion:
+        return Promotion(self._shop.tree, model_id, fetch_from(self._shop.store, self._shop.settings.bucket))
+
+    async def begin(self, move: Move) -> bool:
+        """Nothing is to be prepared."""
+        return await self._go_on(move)
+
+    async def bring(self, move: Move) -> bool:
+        """All bytes come. Not within a transaction: it may take hours, and harms nobody if another leader does so."""
+        await self._bring(move)
+        return await self._go_on(move)
+
+    async def _bring(self, move: Move) -> None:
+        """Stops soon when this leads no longer: how far it is is told within a transaction of the leader."""
+        come = _Count()
+        fetch = fetch_from(self._shop.store, self._shop.settings.bucket)
+        promotion = Promotion(self._shop.tree, move.subject, fetch, come.add, self._shop.at)
+        before = move.size_bytes - (await self._shop.run(promotion.need)).bytes
+        work = asyncio.ensure_future(self._shop.run(promotion.run))
+        told = -1
+        try:
+            while not work.done():
+                await asyncio.wait([work], timeout=_TELL_SECONDS)
+                if come.total != told:
+                    told = come.total
+                    await self._tell(move, before + told)
+        except BaseException:
+            promotion.stop()
+            await asyncio.wait([work])
+            work.exception()  # that it was stopped, by whom, and what else, is of no interest any more
+            raise
+        work.result()
+
+    async def _tell(self, move: Move, done_bytes: int) -> None:
+        async with self._shop.fenced("tell", move) as fence:
+            await fence.connection.execute(sql.SET_DONE_BYTES, move.id, max(0, done_bytes))
+
+    async def become_hot(self, move: Move) -> bool:
+        """What turned cold meanwhile, by users who moved it there, comes too."""
+        promotion = self._promotion(move.subject)
+        need: Need = await self._shop.run(promotion.need)
+        if need.files:
+            await self._bring(move)
+        async with self._shop.fenced("become hot", move) as fence:
+            if move.detail["single"]:  # others may have stubs beside it
+                stubbing = self._shop.stubbing(fence, move)
+                await self._shop.effect(stubbing.remove_manifest, manifest_name(move))
+            await fence.connection.execute(sql.SET_HOT, move.subject)
+            await fence.connection.execute(sql.SET_DONE_BYTES, move.id, move.size_bytes)
+            await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
+        return True
+
+    async def _go_on(self, move: Move) -> bool:
+        state = next_state(move.kind, move.state)
+        async with self._shop.fenced(state, move) as fence:
+            await set_state(fence.connection, self._shop.books, move, state)
+        return True
+
+
+class _Count:
+    """Bytes that came, counted in any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.total = 0
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self.total += size

@@ -1,0 +1,17 @@
+"""Which jobs there are, and when each runs. Another one is a line here, a name with its help, a setting of its time."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tierd.controller import cleanup
+from tierd.controller.job_names import CLEANUP_UNUSED_MODELS, SCAN_CATALOGUE
+from tierd.controller.jobs import Job
+
+JOBS: Final = {
+    job.name: job
+    for job in (
+        Job(CLEANUP_UNUSED_MODELS, lambda settings: settings.cleanup_at, cleanup.cleanup_unused_models),
+        Job(SCAN_CATALOGUE, lambda _: None, cleanup.scan_catalogue),
+    )
+}

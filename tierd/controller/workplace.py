@@ -1,0 +1,93 @@
+"""Opens what a leader works with, from the settings: source, object store, database, moves. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from tierd.controller import job_runs
+from tierd.controller.carrier import Carrier
+from tierd.controller.db import Database
+from tierd.controller.hot_tree import HotTree
+from tierd.controller.job_names import JOB_HELP
+from tierd.controller.move_workshop import MoveSettings
+from tierd.controller.moves import Moves
+from tierd.controller.settings import ControllerSettings
+from tierd.controller.work import Work
+from tierd.errors import UsageError
+from tierd.metrics import ControllerMetrics
+from tierd.objects.settings import describe, open_store
+
+log = structlog.get_logger(__name__)
+
+
+class Workplace:
+    """Of one process. Raises UsageError for what is missing in the settings or on this machine."""
+
+    def __init__(self, settings: ControllerSettings, environ: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.source = _source_of(settings)
+        self._state_dir = _made(settings.state_dir)
+        if settings.objects is None:
+            raise UsageError("no object store is named", hint="set objects to its URL or a directory")
+        self._objects = describe(settings.objects)
+        self._environ = environ
+        open_store(self._objects, environ).close()  # says now what is wrong with it
+        self.registry = CollectorRegistry()
+        self.metrics = ControllerMetrics(self.registry, JOB_HELP)
+
+    @asynccontextmanager
+    async def work(self, epoch: int) -> AsyncIterator[Work]:
+        """What to work with in an epoch that has begun. Raises DatabaseError."""
+        async with Database(self.settings) as database:
+            async with database.transaction() as connection:
+                for job in await job_runs.interrupt_others(connection, epoch):
+                    log.warning("job_interrupted", job=job, consequence="what it had begun goes on, the rest waits")
+            tree, store = HotTree(self.source), open_store(self._objects, self._environ)
+            moves = Moves(database, tree, store, self._moves(), epoch)
+            carrier = Carrier(database, moves)
+            try:
+                yield Work(self.settings, database, epoch, self.source, moves, carrier, self.metrics)
+            finally:
+                store.close()  # first: then what its threads do ends soon
+                await carrier.close()
+                await asyncio.to_thread(moves.__exit__)
+                tree.close()
+
+    def _moves(self) -> MoveSettings:
+        settings = self.settings
+        return MoveSettings(
+            state_dir=self._state_dir,
+            bucket=self._objects.models_bucket,
+            grace=settings.grace,
+            lease_report_max_age=settings.lease_report_max_age,
+            lease_reports=settings.nodes_report,
+        )
+
+
+def holder() -> str:
+    """This process, for people."""
+    return f"{socket.gethostname()} (process {os.getpid()})"
+
+
+def _source_of(settings: ControllerSettings) -> Path:
+    if settings.source is None:
+        raise UsageError("no source is named", hint="set source to the JuiceFS mount that the nodes lay tierd over")
+    if not settings.source.is_dir():
+        raise UsageError(f"source {settings.source} is no directory", hint="is it mounted?")
+    return settings.source
+
+
+def _made(directory: Path) -> Path:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"state_dir {directory}: {error.strerror}", hint="set it to a writable directory") from None
+    return directory
