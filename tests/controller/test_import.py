@@ -281,7 +281,7 @@ def test_keys_of_others_never_clash_with_ours() -> None:
 @pytest.mark.parametrize(
     ("key", "why"),
     [
-        ("p/dir/", "it stands for a directory"), ("p/../etc/passwd", "part"), ("p//x", "is absolute"), ("p/./x", "part"),
+        ("p/dir/", "it stands for a directory"), ("p/../passwd", "part"), ("p//x", "is absolute"), ("p/./x", "part"),
         ("p/a\x00b", "NUL"), ("p/a\nb", "control"), ("p/.tierd/x", "tierd's own"), ("p/" + "x" * 256, "256 bytes"),
         ("p/v3/", "it stands for a directory"), ("p/x/v3", "version"), ("p/f/below", "directory"),
     ],
