@@ -313,6 +313,23 @@ def test_a_model_that_is_wanted_before_the_switch_stays(query: str, says: str, b
     assert run(site.value("SELECT tier FROM model_locations")) == "hot"
 
 
+@pytest.mark.parametrize("effect", ["committed copying", "begin verified"])
+def test_a_file_that_appears_before_the_switch_ends_it(effect: str, site: Site) -> None:
+    """Somebody is still downloading the model: half of it would go."""
+
+    def download(one: str) -> None:
+        if one == effect:
+            (site.model / "model-3.safetensors").write_bytes(b"part")
+
+    async def main() -> None:
+        async with site.leading(Fate(0, download)) as moves:
+            assert await moves.advance(await moves.demote(MODEL, "test")) is MoveState.ABANDONED
+
+    run(main())
+    assert run(site.move())[2] == "'model-3.safetensors' appeared"
+    assert site.hot_names() == {*FILES, "unet/same.safetensors", "model-3.safetensors"}
+
+
 def test_by_hand_a_read_does_not_stop_it(site: Site) -> None:
     fate = Fate(0, lambda effect: site.meanwhile(ACCESS) if effect == "put object" else None)
 

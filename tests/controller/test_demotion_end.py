@@ -17,6 +17,7 @@ from tests.servers import run
 from tierd.controller.db import Database
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.leader import NotLeaderError, begin_epoch
+from tierd.controller.move_books import Books, StateChanged, set_state
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.moves import Moves
 from tierd.controller.steps import MoveState
@@ -311,6 +312,21 @@ def test_of_two_wishes_one_is_refused(site: Site) -> None:
             wishes = (moves.demote(MODEL, "one"), moves.demote(MODEL, "two"), moves.demote(MODEL, "three"))
             done = await asyncio.gather(*wishes, return_exceptions=True)
         assert sorted(type(one).__name__ for one in done) == ["MoveRefused", "MoveRefused", "int"]
+
+    run(main())
+
+
+def test_a_move_that_somebody_else_carried_on_is_not_set_back(site: Site) -> None:
+    async def main() -> None:
+        async with site.leading(), Database(settings_for(site.dsn)) as database:
+            books = Books(database, await site.value("SELECT epoch FROM leader"))
+            move_id = await site.value("INSERT INTO moves (kind, subject) VALUES ('demote', 'models/x') RETURNING id")
+            move = await books.move(move_id)
+            await site.execute("UPDATE moves SET state = 'verifying'")
+            with pytest.raises(StateChanged):
+                async with books.writing() as connection:
+                    await set_state(connection, books, move, MoveState.COPYING)
+            assert await site.value("SELECT state FROM moves") == "verifying"
 
     run(main())
 

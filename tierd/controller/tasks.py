@@ -18,17 +18,21 @@ log = structlog.get_logger(__name__)
 
 AWAY: Final = (TierdError, RedisError, OSError, asyncpg.PostgresError)
 """What a server or a file system that is away raises, and what one refuses."""
-_SLOW_SECONDS: Final = 10.0
 Pause = Callable[[float], Awaitable[None]]
 
 
-async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Run all until one ends or fails; the others are cancelled, and have ended, when this returns or raises."""
+async def together(
+    *coroutines: Coroutine[Any, Any, None], late_s: float | None = None, late: Callable[[], None] = lambda: None
+) -> None:
+    """Run all until one ends or fails; the others are cancelled, and have ended, when this returns or raises.
+
+    If they have not ended `late_s` after that, `late` is called once.
+    """
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        endings = await _ended(tasks)
+        endings = await _ended(tasks, late_s, late)
     for task, ending in zip(tasks, endings, strict=True):
         if task not in done and isinstance(ending, Exception):
             log.warning("task_ended_badly", reason=reason_of(ending))
@@ -36,14 +40,16 @@ async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
         task.result()
 
 
-async def _ended(tasks: Sequence[asyncio.Task[None]]) -> list[BaseException | None]:
+async def _ended(
+    tasks: Sequence[asyncio.Task[None]], late_s: float | None, late: Callable[[], None]
+) -> list[BaseException | None]:
     """Cancel them, once: who is cancelled again while he waits for a thread would leave it behind."""
     for task in tasks:
         task.cancel()
     ending = asyncio.gather(*tasks, return_exceptions=True)
-    _, late = await asyncio.wait(tasks, timeout=_SLOW_SECONDS)
-    if late:
-        log.warning("work_does_not_end", tasks=len(late), reason="a thread is at work: does the source hang?")
+    if late_s is not None and (await asyncio.wait(tasks, timeout=late_s))[1]:
+        log.warning("work_does_not_end", after_seconds=late_s, reason="a thread is at work: does the source hang?")
+        late()
     return await ending
 
 
