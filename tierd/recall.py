@@ -26,8 +26,7 @@ STREAMS: Final = 4
 RANGE_BYTES: Final = 16 << 20
 """What one request asks for, a multiple of what a checksum covers: smaller ones cost speed."""
 _HASH_BYTES: Final = 16 << 20
-"""Read back at once. With small ones this thread would wait for the interpreter's lock, which those that fetch hold, most
-of its time: half of all with 1 MiB."""
+"""Read back at once. With 1 MiB this thread waits half of its time for the interpreter's lock, which fetches hold."""
 _AHEAD: Final = 16
 """Ranges of one file that are under way."""
 

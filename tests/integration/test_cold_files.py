@@ -308,7 +308,7 @@ def test_what_one_user_brings_is_bounded(overlay_mount: MountFactory, objects: P
     """Whoever is beyond it reads on, range by range, and cannot open for writing."""
     mount = overlay_mount(objects=str(objects), prefetch="no", recall_bytes_per_hour="1MiB")
     cold = Cold(mount, objects)
-    data = cold.model("m", {"x.safetensors": 6 * MIB, "y.safetensors": 6 * MIB})
+    data = cold.model("m", {"x.safetensors": 6 * MIB, "y.safetensors": 48 * MIB})
     with cold.path("m/x.safetensors").open("r+b") as file:
         file.write(b"new")
     with raises(errno.EDQUOT):
