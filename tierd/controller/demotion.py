@@ -276,6 +276,7 @@ class Demotion:
     async def _end(self, move: Move) -> bool:
         async with self._shop.fenced("end", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
+            await self._shop.effect(stubbing.clear, stubbing.drafts)
             await self._shop.effect(stubbing.clear, stubbing.trash)
             await forget_files(fence.connection, move.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
