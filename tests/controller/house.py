@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+from tests import mounts
 from tierd.controller import db, migrate
 from tierd.controller.settings import ControllerSettings, load
 
@@ -47,8 +47,7 @@ async def until(connection: db.Connection, query: str, *values: object) -> None:
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
     """Ours, without settings of tierd, and with these."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("TIERD")}
-    return {**ours, "PYTHONPATH": str(REPOSITORY), **env}
+    return {**mounts.environment(), "PYTHONPATH": str(REPOSITORY), **env}
 
 
 def start(*words: str, **env: str) -> subprocess.Popen[str]:

@@ -293,6 +293,28 @@ def test_the_servers_restart_in_the_middle(
     assert events == ["statistics_failing", "statistics_resumed"] * 2
 
 
+def test_a_cancellation_that_a_wait_hid_ends_a_fold(schema: str, url: str) -> None:
+    """It went on for ever: a wait that ended at the moment of the cancellation had hidden it."""
+
+    async def main() -> bool:
+        async with controller_of(schema, url) as controller:
+            pausing = asyncio.Event()
+
+            async def pause(_seconds: float) -> None:
+                pausing.set()
+                with suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+
+            fold = StatisticsFold(controller.database, controller.redis, FoldMetrics(CollectorRegistry()), pause=pause)
+            running = asyncio.create_task(fold.run())
+            await pausing.wait()
+            running.cancel()
+            await asyncio.wait([running], timeout=10)
+            return running.cancelled()
+
+    assert run(main())
+
+
 async def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for it."""
     deadline = time.monotonic() + seconds

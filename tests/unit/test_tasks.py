@@ -117,3 +117,27 @@ def test_a_cancellation_that_an_error_hides_is_not_overlooked() -> None:
     with capture_logs() as logs:
         run(main())
     assert logs == []
+
+
+def test_a_cancellation_that_a_step_hid_ends_it() -> None:
+    """As a wait that ends just then may hide it: the step seems to have succeeded."""
+    steps = []
+
+    async def step() -> bool:
+        steps.append("step")
+        try:
+            await for_ever()
+        except asyncio.CancelledError:
+            return True
+        return False
+
+    async def main() -> bool:
+        task = asyncio.create_task(steadily("step", step, 0))
+        while not steps:  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=10)
+        return task.cancelled()
+
+    assert run(main())
+    assert steps == ["step"]

@@ -11,7 +11,7 @@ import errno
 import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, Protocol, Self
 
 import asyncpg  # type: ignore[import-untyped]
@@ -82,7 +82,8 @@ class Database:
         if pool is None:
             return
         try:
-            await asyncio.wait_for(pool.close(), _CLOSE_SECONDS)
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await pool.close()
         except (TimeoutError, DatabaseError):
             pool.terminate()
 
@@ -106,8 +107,10 @@ class Database:
 
     async def _release(self, connection: Connection) -> None:
         """What the block had to say is not hidden by a server that does not answer: the connection is closed then."""
-        with suppress(*_AWAY):
+        try:
             await self._pool.release(connection)
+        except _AWAY as error:
+            heed_cancellation(error)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
@@ -131,9 +134,9 @@ async def connected(settings: ControllerSettings) -> AsyncIterator[Connection]:
             connection.terminate()
 
 
-def heed_cancellation(error: BaseException) -> None:
+def heed_cancellation(error: BaseException | None = None) -> None:
     """Raises CancelledError if the task was cancelled: what goes wrong afterwards, such as a rollback, or a wait that
-    ends just then, would hide it, and the task would go on for ever."""
+    ends just then, would hide it, and the task would go on for ever. Loops without end ask in each turn."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError from error

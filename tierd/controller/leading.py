@@ -14,7 +14,7 @@ from typing import Final
 
 import structlog
 
-from tierd.controller.db import Connection, connected
+from tierd.controller.db import Connection, connected, heed_cancellation
 from tierd.controller.leader import NotLeaderError, begin_epoch
 from tierd.controller.migrate import SchemaError, require_current
 from tierd.controller.settings import ControllerSettings
@@ -108,6 +108,7 @@ async def lead(
         except Exception:
             log.exception("work_defect", consequence="all work stopped, and begins anew")
         failures = 1 if reached else failures + 1
+        heed_cancellation()
         await pause(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS)) - 1])
 
 
@@ -152,7 +153,8 @@ async def _watch(session: Connection) -> None:
     session.add_termination_listener(lambda _: gone.set())
     while True:
         try:
-            await asyncio.wait_for(gone.wait(), _WATCH_SECONDS)
+            async with asyncio.timeout(_WATCH_SECONDS):
+                await gone.wait()
         except TimeoutError:
             await _ask(session)
         else:
@@ -161,7 +163,8 @@ async def _watch(session: Connection) -> None:
 
 async def _ask(session: Connection) -> None:
     try:
-        await asyncio.wait_for(session.fetchval("SELECT 1"), _ANSWER_SECONDS)
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            await session.fetchval("SELECT 1")
     except TimeoutError:
         raise DatabaseError(
             f"the session that leads got no answer for {_ANSWER_SECONDS:.0f} s", hint="is the server overloaded?"

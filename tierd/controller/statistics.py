@@ -102,6 +102,7 @@ class StatisticsFold:
         while True:
             if not await self._try_fold():
                 await self._pause(self._window_s)
+            heed_cancellation()
 
     async def _try_fold(self) -> bool:
         try:

@@ -85,6 +85,7 @@ async def steadily(
             failing = False
         if not again:
             await pause(seconds)
+        heed_cancellation()
 
 
 def reason_of(error: BaseException) -> str:
