@@ -301,9 +301,10 @@ def test_a_cancellation_that_a_wait_hid_ends_a_fold(schema: str, url: str) -> No
             pausing = asyncio.Event()
 
             async def pause(_seconds: float) -> None:
-                pausing.set()
-                with suppress(asyncio.CancelledError):
-                    await asyncio.Event().wait()
+                if not pausing.is_set():
+                    pausing.set()
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.Event().wait()
 
             fold = StatisticsFold(controller.database, controller.redis, FoldMetrics(CollectorRegistry()), pause=pause)
             running = asyncio.create_task(fold.run())
