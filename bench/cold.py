@@ -15,11 +15,12 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from bench import s3
 from bench.cpu import Cost, cost_of
-from bench.mounts import MIB, tierd_mount, work_directory
+from bench.mounts import MIB, Tierd, tierd_mount, work_directory
 from tierd.controller.promote import RANGES_AT_ONCE
 from tierd.objects.endpoint import Endpoint, Keys, Limits
 from tierd.objects.keys import object_key
@@ -40,6 +41,7 @@ class Rig:
     """A server with one object, and a source in which it is cold under as many names as are asked for."""
 
     def __init__(self, work: Path, running: s3.Store, size: int) -> None:
+        self.work = work
         self.running = running
         self.size = size
         self.source = work / "source"
@@ -80,7 +82,12 @@ class Rig:
 
     def recalls(self) -> dict[str, Callable[[], Cost]]:
         """Each brings the whole file once, into a new one, which is gone afterwards."""
-        return {"ours": self._ours, "plain": self._plain, "safe": lambda: self._plain(safe=True)}
+        return {
+            "ours": self._ours,
+            "plain": self._plain,
+            "safe": lambda: self._plain(safe=True),
+            "load": self._load,
+        }
 
     def _ours(self) -> Cost:
         stub = self.stub("recalled.safetensors")
@@ -107,6 +114,29 @@ class Rig:
             return cost_of(move, self.running.pid)
         finally:
             path.unlink()
+
+    def _load(self) -> Cost:
+        stub = self.stub("loaded.safetensors")
+        try:
+            with self.mounted() as mount:
+                path = mount.mountpoint / MODEL / stub.name
+                return cost_of(lambda: self._read(path), self.running.pid, mount.process.pid)
+        finally:
+            stub.unlink()
+
+    def _read(self, path: Path) -> None:
+        buffer = bytearray(MIB)
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                continue
+            if file.tell() != self.size:
+                raise s3.S3Error(f"{path} ended at {file.tell()}")
+
+    def mounted(self) -> AbstractContextManager[Tierd]:
+        """The source under an overlay with an empty node tier."""
+        server = self.running.server
+        os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = server.access_key, server.secret_key
+        return tierd_mount(self.source, self.work / "mnt", objects=server.url, prefetch="no")
 
     def _make_sure(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -148,20 +178,18 @@ def in_turns(rounds: int, ours: Callable[[int], float], plain: Callable[[int], f
     return found
 
 
-def measure_first_bytes(rig: Rig, work: Path, rounds: int) -> list[tuple[float, float]]:
+def measure_first_bytes(rig: Rig, rounds: int) -> list[tuple[float, float]]:
     """A chunk that nobody has read in each round, and a file that nobody has opened: what is remembered of others would
     flatter."""
-    server = rig.running.server
-    os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = server.access_key, server.secret_key
-    names = [f"{number}.safetensors" for number in range(rounds)]
-    for name in names:
-        rig.stub(name)
+    stubs = [rig.stub(f"{number}.safetensors") for number in range(rounds)]
     chunks = rig.size // CHUNK_BYTES
-    with tierd_mount(rig.source, work / "mnt", objects=server.url, prefetch="no") as mount:
-        top = mount.mountpoint / MODEL
+    with rig.mounted() as mount, ExitStack() as stack:
+        for stub in stubs:
+            stack.callback(stub.unlink)  # or a load would bring them, too
 
         def ours(number: int) -> float:
-            return first_byte(top / names[number], number % chunks * CHUNK_BYTES)
+            path = mount.mountpoint / MODEL / stubs[number].name
+            return first_byte(path, number % chunks * CHUNK_BYTES)
 
         return in_turns(rounds, ours, lambda number: rig.first_byte_plain(number % chunks * CHUNK_BYTES))
 
@@ -192,10 +220,10 @@ def show_recalls(found: dict[str, list[Cost]], size: int) -> None:
     """Speed and processors of each side, and what ours is of the others, round by round."""
     gib = size / (MIB << 10)
     for name, costs in found.items():
-        _show_spread(f"recall {name}", "MiB/s", [size / MIB / cost.wall for cost in costs])
+        _show_spread(f"whole {name}", "MiB/s", [size / MIB / cost.wall for cost in costs])
         client = statistics.median(cost.client for cost in costs) / gib
         server = statistics.median(cost.server for cost in costs) / gib
-        print(f"recall {name:6} processor seconds per GiB: {client:.2f} here, {server:.2f} in the server")
+        print(f"whole {name:6} processor seconds per GiB: {client:.2f} here, {server:.2f} in the server")
     ratios = {
         name: statistics.median(theirs.wall / ours.wall for ours, theirs in zip(found["ours"], costs, strict=True))
         for name, costs in found.items()
@@ -203,6 +231,7 @@ def show_recalls(found: dict[str, list[Cost]], size: int) -> None:
     met = "met" if ratios["plain"] >= RECALL_RATIO_MIN else "MISSED"
     print(f"recall ours / plain {ratios['plain']:.2f}; bar {RECALL_RATIO_MIN} of plain: {met}")
     print(f"recall ours / safe {ratios['safe']:.2f}")
+    print(f"load / plain {ratios['plain'] / ratios['load']:.2f}")
 
 
 def _show_spread(what: str, unit: str, values: list[float]) -> None:
@@ -223,7 +252,7 @@ def main() -> None:
         with s3.serve(work / "data", work / "s3.log") as running:
             rig = Rig(work, running, options.mib * MIB)
             if options.opens:
-                show_first_bytes(measure_first_bytes(rig, work, options.opens))
+                show_first_bytes(measure_first_bytes(rig, options.opens))
             show_recalls(measure_recalls(rig, options.rounds), rig.size)
             rig.store.close()
     print(f"load average {os.getloadavg()[0]:.1f} at the end")

@@ -7,7 +7,7 @@ threads do, such as writing dirty pages to the disk, is in neither.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import psutil
@@ -21,20 +21,17 @@ class Cost(NamedTuple):
     server: float
 
 
-def cost_of(move: Callable[[], None], server: int) -> Cost:
-    """Of a move within this process, served by the process with that ID and those it started."""
-    client_before, server_before, began = _used(psutil.Process()), _used_by_all(server), time.perf_counter()
+def cost_of(move: Callable[[], None], server: int, *ours: int) -> Cost:
+    """Of a move by this process and by those with the IDs `ours`, served by that one and those that it started."""
+    clients = [psutil.Process(), *map(psutil.Process, ours)]
+    first = psutil.Process(server)
+    servers = [first, *first.children(recursive=True)]
+    client_before, server_before, began = _used(clients), _used(servers), time.perf_counter()
     move()
     wall = time.perf_counter() - began
-    return Cost(wall, _used(psutil.Process()) - client_before, _used_by_all(server) - server_before)
+    return Cost(wall, _used(clients) - client_before, _used(servers) - server_before)
 
 
-def _used_by_all(server: int) -> float:
-    first = psutil.Process(server)
-    return sum(_used(process) for process in (first, *first.children(recursive=True)))
-
-
-def _used(process: psutil.Process) -> float:
+def _used(processes: Sequence[psutil.Process]) -> float:
     """User and system."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    return sum(float(times.user + times.system) for times in (process.cpu_times() for process in processes))
