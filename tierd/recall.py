@@ -24,9 +24,9 @@ from tierd.syscalls import begin_writeback, forced_stat
 from tierd.units import display
 
 STREAMS: Final = 4
-_RANGE_BYTES_MAX: Final = 64 << 20
+RANGE_BYTES_MAX: Final = 64 << 20
 """What one request asks for. Each costs a round trip, and has some servers read on for nobody: rclone 16 MiB."""
-_RANGE_BYTES_MIN: Final = 16 << 20
+RANGE_BYTES_MIN: Final = 16 << 20
 """At the end of a file: the last ranges land together, and then only the hash is left to be waited for."""
 _RANGES_LEFT: Final = 8
 """As many ranges as this are what is left of a file, until they would be too short."""
@@ -115,7 +115,7 @@ def _landed(fd: int, origin: Origin, fetch: Fetch, pool: Executor) -> Iterator[F
 
     running: deque[tuple[FileRange, Future[None]]] = deque()
     try:
-        for target in _ranges(fd, origin.size):
+        for target in ranges_of(fd, origin.size):
             running.append((target, pool.submit(bring, target)))
             if len(running) >= _AHEAD:
                 yield _first(running)
@@ -127,12 +127,12 @@ def _landed(fd: int, origin: Origin, fetch: Fetch, pool: Executor) -> Iterator[F
         wait([future for _, future in running])  # they write where the caller truncates
 
 
-def _ranges(fd: int, size: int) -> Iterator[FileRange]:
+def ranges_of(fd: int, size: int) -> Iterator[FileRange]:
     """Cuts a file into what is asked for by one request each, whole chunks of checksums, shorter towards its end."""
     offset = 0
     while offset < size:
         share = (size - offset) // _RANGES_LEFT // CHUNK_BYTES * CHUNK_BYTES
-        length = min(max(share, _RANGE_BYTES_MIN), _RANGE_BYTES_MAX, size - offset)
+        length = min(max(share, RANGE_BYTES_MIN), RANGE_BYTES_MAX, size - offset)
         yield FileRange(fd, offset, length)
         offset += length
 
