@@ -1,22 +1,26 @@
 """Cold files beside plain clients of the same object server: `python -m bench.cold --help`. Needs root and /dev/fuse.
 
 First byte: open a cold file through the overlay and read one byte, of a chunk that nobody has read; plainly, one GET of
-that byte. Recall: bring the whole file back into its stub, as a promotion does, each chunk compared with its checksum
-and the file read again; plainly, parallel ranges into a file. In turns within one run. The server shares the machine.
+that byte. Recall: bring the whole file back into its stub, as a promotion does, each chunk compared with its checksum,
+synced and the file read again; plainly, parallel ranges into a file; safely, the same, then fsync and SHA-256, which is
+what a recall promises, one after the other. In turns within one run. The server shares the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from bench import s3
-from bench.mounts import MIB, tierd_mount, work_directory
+from bench.cpu import Cost, cost_of
+from bench.mounts import MIB, Tierd, tierd_mount, work_directory
 from tierd.controller.promote import RANGES_AT_ONCE
 from tierd.objects.endpoint import Endpoint, Keys, Limits
 from tierd.objects.keys import object_key
@@ -37,6 +41,7 @@ class Rig:
     """A server with one object, and a source in which it is cold under as many names as are asked for."""
 
     def __init__(self, work: Path, running: s3.Store, size: int) -> None:
+        self.work = work
         self.running = running
         self.size = size
         self.source = work / "source"
@@ -73,24 +78,71 @@ class Rig:
         os.close(fd)
         return stub
 
-    # --- the two sides ---
+    # --- the sides ---
 
-    def recall_plain(self) -> float:
-        """Seconds."""
-        began = time.perf_counter()
-        self.running.download(BUCKET, f"{MODEL}/v1/", self.target)
-        return time.perf_counter() - began
+    def recalls(self) -> dict[str, Callable[[], Cost]]:
+        """Each brings the whole file once, into a new one, which is gone afterwards."""
+        return {
+            "ours": self._ours,
+            "plain": self._plain,
+            "safe": lambda: self._plain(safe=True),
+            "load": self._load,
+        }
 
-    def recall_ours(self) -> float:
-        """Seconds, into a new stub, which is gone afterwards."""
+    def _ours(self) -> Cost:
         stub = self.stub("recalled.safetensors")
         origin = Origin(MODEL, 1, b"weights.safetensors", *self.stored)
-        began = time.perf_counter()
-        with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
-            recall(str(stub), origin, fetch_from(self.store, BUCKET), workers=pool)
-        seconds = time.perf_counter() - began
-        stub.unlink()
-        return seconds
+
+        def move() -> None:
+            with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
+                recall(str(stub), origin, fetch_from(self.store, BUCKET), workers=pool)
+
+        try:
+            return cost_of(move, self.running.pid)
+        finally:
+            stub.unlink()
+
+    def _plain(self, *, safe: bool = False) -> Cost:
+        path = self.target / "weights.safetensors"
+
+        def move() -> None:
+            self.running.download(BUCKET, f"{MODEL}/v1/", self.target)
+            if safe:
+                self._make_sure(path)
+
+        try:
+            return cost_of(move, self.running.pid)
+        finally:
+            path.unlink()
+
+    def _load(self) -> Cost:
+        stub = self.stub("loaded.safetensors")
+        try:
+            with self.mounted() as mount:
+                path = mount.mountpoint / MODEL / stub.name
+                return cost_of(lambda: self._read(path), self.running.pid, mount.process.pid)
+        finally:
+            stub.unlink()
+
+    def _read(self, path: Path) -> None:
+        buffer = bytearray(MIB)
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                continue
+            if file.tell() != self.size:
+                raise s3.S3Error(f"{path} ended at {file.tell()}")
+
+    def mounted(self) -> AbstractContextManager[Tierd]:
+        """The source under an overlay with an empty node tier."""
+        server = self.running.server
+        os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = server.access_key, server.secret_key
+        return tierd_mount(self.source, self.work / "mnt", objects=server.url, prefetch="no")
+
+    def _make_sure(self, path: Path) -> None:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.stored.sha256:
+                raise s3.S3Error(f"{path} has other bytes than were stored")
 
     def first_byte_plain(self, offset: int) -> float:
         """Seconds."""
@@ -126,29 +178,64 @@ def in_turns(rounds: int, ours: Callable[[int], float], plain: Callable[[int], f
     return found
 
 
-def measure_first_bytes(rig: Rig, work: Path, rounds: int) -> list[tuple[float, float]]:
+def measure_first_bytes(rig: Rig, rounds: int) -> list[tuple[float, float]]:
     """A chunk that nobody has read in each round, and a file that nobody has opened: what is remembered of others would
     flatter."""
-    server = rig.running.server
-    os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = server.access_key, server.secret_key
-    names = [f"{number}.safetensors" for number in range(rounds)]
-    for name in names:
-        rig.stub(name)
+    stubs = [rig.stub(f"{number}.safetensors") for number in range(rounds)]
     chunks = rig.size // CHUNK_BYTES
-    with tierd_mount(rig.source, work / "mnt", objects=server.url, prefetch="no") as mount:
-        top = mount.mountpoint / MODEL
+    with rig.mounted() as mount, ExitStack() as stack:
+        for stub in stubs:
+            stack.callback(stub.unlink)  # or a load would bring them, too
 
         def ours(number: int) -> float:
-            return first_byte(top / names[number], number % chunks * CHUNK_BYTES)
+            path = mount.mountpoint / MODEL / stubs[number].name
+            return first_byte(path, number % chunks * CHUNK_BYTES)
 
         return in_turns(rounds, ours, lambda number: rig.first_byte_plain(number % chunks * CHUNK_BYTES))
 
 
-def show(what: str, unit: str, samples: list[tuple[float, float]], ratio: float, met: bool, bar: str) -> None:
-    """Both sides' medians with their spread, and the ratio."""
-    for side, values in zip(("ours", "plain"), zip(*samples, strict=True), strict=True):
-        print(f"{what} {side:6} {statistics.median(values):9.1f} {unit}  [{min(values):.1f} .. {max(values):.1f}]")
-    print(f"{what} ours / plain {ratio:.2f}; bar {bar}: {'met' if met else 'MISSED'}")
+def measure_recalls(rig: Rig, rounds: int) -> dict[str, list[Cost]]:
+    """Of each side, one cost a round; whoever is first takes turns."""
+    sides = rig.recalls()
+    for side in sides.values():  # page cache and connections, before anything counts
+        side()
+    found: dict[str, list[Cost]] = {name: [] for name in sides}
+    names = list(sides)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(sides[name]())
+    return found
+
+
+def show_first_bytes(found: list[tuple[float, float]]) -> None:
+    """Both sides' medians with their spread, in milliseconds."""
+    for side, seconds in zip(("ours", "plain"), zip(*found, strict=True), strict=True):
+        _show_spread(f"first byte {side}", "ms", [each * 1000 for each in seconds])
+    slowest = max(ours for ours, _ in found) * 1000
+    print(f"first byte: each within {FIRST_BYTE_MS_MAX:.0f} ms: {'met' if slowest <= FIRST_BYTE_MS_MAX else 'MISSED'}")
+
+
+def show_recalls(found: dict[str, list[Cost]], size: int) -> None:
+    """Speed and processors of each side, and what ours is of the others, round by round."""
+    gib = size / (MIB << 10)
+    for name, costs in found.items():
+        _show_spread(f"whole {name}", "MiB/s", [size / MIB / cost.wall for cost in costs])
+        client = statistics.median(cost.client for cost in costs) / gib
+        server = statistics.median(cost.server for cost in costs) / gib
+        print(f"whole {name:6} processor seconds per GiB: {client:.2f} here, {server:.2f} in the server")
+    ratios = {
+        name: statistics.median(theirs.wall / ours.wall for ours, theirs in zip(found["ours"], costs, strict=True))
+        for name, costs in found.items()
+    }
+    met = "met" if ratios["plain"] >= RECALL_RATIO_MIN else "MISSED"
+    print(f"recall ours / plain {ratios['plain']:.2f}; bar {RECALL_RATIO_MIN} of plain: {met}")
+    print(f"recall ours / safe {ratios['safe']:.2f}")
+    print(f"load / plain {ratios['plain'] / ratios['load']:.2f}")
+
+
+def _show_spread(what: str, unit: str, values: list[float]) -> None:
+    print(f"{what:16} {statistics.median(values):9.1f} {unit}  [{min(values):.1f} .. {max(values):.1f}]")
 
 
 def main() -> None:
@@ -156,25 +243,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cold", description=__doc__)
     parser.add_argument("--mib", type=int, default=1024, help="size of the file (default 1024)")
     parser.add_argument("--rounds", type=int, default=5, help="recalls of each side (default 5)")
-    parser.add_argument("--opens", type=int, default=20, help="first bytes of each side (default 20)")
+    parser.add_argument("--opens", type=int, default=20, help="first bytes of each side (default 20, 0 for none)")
     parser.add_argument("--dir", type=Path, default=None, help="where to work (default: the temporary directory)")
     options = parser.parse_args()
-    size = options.mib * MIB
     print(f"load average {os.getloadavg()[0]:.1f} at the start, {os.cpu_count()} processors")
     with work_directory(options.dir) as work:
         (work / "data").mkdir()
         with s3.serve(work / "data", work / "s3.log") as running:
-            rig = Rig(work, running, size)
-            first = [(a * 1000, b * 1000) for a, b in measure_first_bytes(rig, work, options.opens)]
-            rig.recall_plain(), rig.recall_ours()  # page cache and connections, before anything counts
-            whole = in_turns(options.rounds, lambda _: rig.recall_ours(), lambda _: rig.recall_plain())
+            rig = Rig(work, running, options.mib * MIB)
+            if options.opens:
+                show_first_bytes(measure_first_bytes(rig, options.opens))
+            show_recalls(measure_recalls(rig, options.rounds), rig.size)
             rig.store.close()
-    slowest = max(ours for ours, _ in first)
-    ratio = statistics.median(ours / plain for ours, plain in first)
-    show("first byte", "ms", first, ratio, slowest <= FIRST_BYTE_MS_MAX, f"each within {FIRST_BYTE_MS_MAX:.0f} ms")
-    speeds = [(options.mib / ours, options.mib / plain) for ours, plain in whole]
-    ratio = statistics.median(ours / plain for ours, plain in speeds)
-    show("recall", "MiB/s", speeds, ratio, ratio >= RECALL_RATIO_MIN, f"{RECALL_RATIO_MIN} of plain")
     print(f"load average {os.getloadavg()[0]:.1f} at the end")
 
 

@@ -71,10 +71,11 @@ class Server:
 
 @dataclass(frozen=True)
 class Store:
-    """A client of a running server."""
+    """A client of a running server, and the process that serves."""
 
     client: Minio
     server: Server
+    pid: int
 
     def sizes(self, bucket: str, prefix: str) -> dict[str, int]:
         """The objects below `prefix` by key, with their sizes in bytes."""
@@ -127,7 +128,7 @@ def serve(directory: Path, log: Path, options: Sequence[str] = ()) -> Iterator[S
     process = guard.start([*command, *options, str(directory)], directory, log, keys)
     try:
         server = Server(await_match(process, log, _STARTED, "rclone serve s3")["url"], access, secret)
-        yield Store(client_of(server), server)
+        yield Store(client_of(server), server, process.pid)
     finally:
         stop(process)
 

@@ -17,17 +17,22 @@ from typing import Final
 
 from tierd.objects.keys import object_key
 from tierd.objects.store import FileRange, Into, ObjectStore, Stored
+from tierd.objects.sums import CHUNK_BYTES
 from tierd.stub_files import is_cold, locked, mtime_of, warm
 from tierd.stubs import Origin
 from tierd.syscalls import begin_writeback, forced_stat
 from tierd.units import display
 
 STREAMS: Final = 4
-RANGE_BYTES: Final = 16 << 20
-"""What one request asks for, a multiple of what a checksum covers: smaller ones cost speed."""
-_HASH_BYTES: Final = 16 << 20
-"""Read back at once. With 1 MiB this thread waits half of its time for the interpreter's lock, which fetches hold."""
-_AHEAD: Final = 16
+RANGE_BYTES_MAX: Final = 64 << 20
+"""What one request asks for. Each costs a round trip, and has some servers read on for nobody: rclone 16 MiB."""
+RANGE_BYTES_MIN: Final = 16 << 20
+"""At the end of a file: the last ranges land together, and then only the hash is left to be waited for."""
+_RANGES_LEFT: Final = 8
+"""As many ranges as this are what is left of a file, until they would be too short."""
+_HASH_BYTES: Final = 1 << 20
+"""Read back at once: what a processor's cache holds."""
+_AHEAD: Final = 12
 """Ranges of one file that are under way."""
 
 Fetch = Callable[[Origin, int, Into], None]
@@ -92,7 +97,6 @@ def _bring(fd: int, origin: Origin, fetch: Fetch, progress: Progress, workers: E
     with ExitStack() as stack:
         pool = workers or stack.enter_context(ThreadPoolExecutor(STREAMS, thread_name_prefix="recall"))
         for target in _landed(fd, origin, fetch, pool):
-            begin_writeback(fd, target.offset, target.length)
             end = target.offset + target.length
             for offset in range(target.offset, end, _HASH_BYTES):
                 digest.update(buffer[: os.preadv(fd, [buffer[: end - offset]], offset)])
@@ -103,12 +107,16 @@ def _bring(fd: int, origin: Origin, fetch: Fetch, progress: Progress, workers: E
 
 
 def _landed(fd: int, origin: Origin, fetch: Fetch, pool: Executor) -> Iterator[FileRange]:
-    """The ranges of a file in their order, each once its bytes are there."""
+    """The ranges of a file in their order, each once its bytes are there and on their way to the disk."""
+
+    def bring(target: FileRange) -> None:
+        fetch(origin, target.offset, target)
+        begin_writeback(fd, target.offset, target.length)
+
     running: deque[tuple[FileRange, Future[None]]] = deque()
     try:
-        for offset in range(0, origin.size, RANGE_BYTES):
-            target = FileRange(fd, offset, min(RANGE_BYTES, origin.size - offset))
-            running.append((target, pool.submit(fetch, origin, offset, target)))
+        for target in ranges_of(fd, origin.size):
+            running.append((target, pool.submit(bring, target)))
             if len(running) >= _AHEAD:
                 yield _first(running)
         while running:
@@ -117,6 +125,16 @@ def _landed(fd: int, origin: Origin, fetch: Fetch, pool: Executor) -> Iterator[F
         for _, future in running:
             future.cancel()
         wait([future for _, future in running])  # they write where the caller truncates
+
+
+def ranges_of(fd: int, size: int) -> Iterator[FileRange]:
+    """Cuts a file into what is asked for by one request each, whole chunks of checksums, shorter towards its end."""
+    offset = 0
+    while offset < size:
+        share = (size - offset) // _RANGES_LEFT // CHUNK_BYTES * CHUNK_BYTES
+        length = min(max(share, RANGE_BYTES_MIN), RANGE_BYTES_MAX, size - offset)
+        yield FileRange(fd, offset, length)
+        offset += length
 
 
 def _first(running: deque[tuple[FileRange, Future[None]]]) -> FileRange:

@@ -212,6 +212,26 @@ def test_undo_keeps_what_users_changed_meanwhile(site: Site) -> None:
     assert left == ["'config.json'", "'model-1.safetensors'", "'unet/weights.bin'"]
 
 
+def test_names_that_return_one_by_one_keep_the_count_of_links(site: Site) -> None:
+    """At each step of an undo both names of a file say that it has two, whether they are hot or cold just then."""
+    names = ("model-2.safetensors", "unet/same.safetensors")
+    run(demote(site))
+    seen: list[tuple[str, list[bool], list[int]]] = []
+
+    def look(effect: str) -> None:
+        paths = [site.model / name for name in names]
+        found = [path if path.exists() else stub_path(path) for path in paths]
+        seen.append((effect, [path.exists() for path in paths], [path.stat().st_nlink for path in found]))
+
+    async def main() -> None:
+        async with site.leading(look) as moves:
+            assert await moves.advance(await moves.undo(MODEL)) is MoveState.DONE
+
+    run(main())
+    assert any(sum(hot) == 1 for _, hot, _ in seen), "one name is back, the other one is not"
+    assert [each for each in seen if each[2] != [2, 2]] == []
+
+
 def test_a_link_that_a_user_made_to_a_cold_file_stays_one(site: Site) -> None:
     run(demote(site))
     os.link(stub_path(site.model / "config.json"), stub_path(site.model / "linked"))

@@ -9,6 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from tests.cold import freeze, make_layer_of, stub_of
 from tests.unit.conftest import Bench
 from tests.unit.descriptors import open_descriptors
 from tests.unit.kernel import CALLER, number_of
@@ -16,6 +17,10 @@ from tierd.node.ledger import ROOT_ID
 from tierd.node.opens import PASSTHROUGH_BYTES_MIN
 from tierd.node.reach import YOUNG_SECONDS, Caller
 from tierd.node.retries import KEPT_SECONDS, TRIES_MAX, TRY_SECONDS, SecondTries
+from tierd.objects.ranges import write_all
+from tierd.objects.store import FileRange, Into
+from tierd.recall import recall
+from tierd.stubs import Origin
 
 PID = 4242
 READER = Caller(CALLER.uid, CALLER.gid, PID)
@@ -38,6 +43,12 @@ async def sent_back(bench: Bench) -> None:
 async def looked_up(bench: Bench, name: bytes = b"a", pid: int = PID) -> int:
     """What a lookup by a thread finds."""
     return bench.kernel.counted(await bench.overlay.lookup(ROOT_ID, name, pid)).node_id
+
+
+def bring(origin: Origin, offset: int, into: Into) -> None:
+    """The bytes of a cold file come back from its object."""
+    assert isinstance(into, FileRange)
+    write_all(into.fd, memoryview(b"second"), into.offset)
 
 
 async def closed(bench: Bench, *, kept: int) -> None:
@@ -69,6 +80,21 @@ async def test_beside_others_who_have_it_open(bench: Bench) -> None:
     assert await bench.overlay.read(opened.fh, 0, 10) == b"second"
     for fh in (opened.fh, other.fh):
         await bench.overlay.release(fh)
+
+
+async def test_cold_at_the_lookup_and_hot_again_at_the_second_try(bench: Bench) -> None:
+    """A cold file cannot be kept open by the lookup. That it came back between the two sends nobody back again."""
+    make_layer_of(bench.beneath)  # that there is none is remembered for a second
+    await sent_back(bench)
+    (bench.beneath / "other").touch()  # takes the inode number that the first file had: what has that is awaited
+    path = bench.beneath / "a"
+    origin = freeze({path: None})[path]
+    node_id = await looked_up(bench)
+    assert recall(str(stub_of(path)), origin, bring)
+    stub_of(path).rename(path)
+    opened = await bench.overlay.open(node_id, os.O_RDONLY, READER)
+    assert await bench.overlay.read(opened.fh, 0, 10) == b"second"
+    await bench.overlay.release(opened.fh)
 
 
 async def test_removed_between_the_lookup_and_the_second_try(bench: Bench) -> None:

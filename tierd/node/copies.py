@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import xxhash
 
+from tierd.objects.ranges import write_all
 from tierd.syscalls import begin_writeback
 from tierd.units import display
 
@@ -97,9 +98,7 @@ class Draft:
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write bytes. Raises OSError."""
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self.fd, data[done:], offset + done)
+        write_all(self.fd, data, offset)
 
     def seal_chunk(self, chunk: int, digest: bytes) -> None:
         """All bytes of a chunk were written; their `checksum`. Their way to the disk begins now."""

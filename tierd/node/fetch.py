@@ -37,12 +37,12 @@ def fetch_chunk(fill: Fill, chunk: int, buffer: memoryview, lock: threading.Cond
             fill.take_back_fd(fd, chunk + 1)
 
 
-def fetch_cold_chunk(fill: Fill, chunk: int, origin: Origin, cold: ColdBytes) -> int:
+def fetch_cold_chunk(fill: Fill, chunk: int, buffer: memoryview, origin: Origin, cold: ColdBytes) -> int:
     """The same for a cold file, from its object. Raises OSError, ObjectError."""
     draft = fill.draft
     assert draft is not None
     start = chunk * CHUNK_BYTES
-    content = memoryview(bytearray(min(CHUNK_BYTES, fill.identity.size - start)))
+    content = buffer[: min(CHUNK_BYTES, fill.identity.size - start)]
     cold.fetch(origin, start, content)
     draft.write(content, start)
     draft.seal_chunk(chunk, checksum(content))

@@ -29,7 +29,7 @@ from tierd.bandwidth import Bandwidth
 from tierd.errors import TierdError
 from tierd.node.chores import join_all
 from tierd.node.copies import CHUNK_BYTES, Copy, Draft, Identity
-from tierd.node.fetch import BLOCK_BYTES, Changed, fetch_chunk
+from tierd.node.fetch import Changed, fetch_chunk
 from tierd.node.fill import STREAMS_PER_FILE, Fill, Outcome, close_all
 from tierd.node.store import Store
 from tierd.node.wanted import Priority, Wanted, WantedFiles
@@ -214,7 +214,7 @@ class Filler:
     # --- workers ---
 
     def _work(self) -> None:
-        buffer = memoryview(bytearray(BLOCK_BYTES))
+        buffer = memoryview(bytearray(CHUNK_BYTES))
         job: _Job | None = None
         while (job := self._next_job(job)) is not None:
             self._do(job, buffer)

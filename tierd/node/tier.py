@@ -202,7 +202,7 @@ class NodeTier:
         origin = self._origin_of(fill.identity)
         if self._cold is None or origin is None or not is_cold(os.fstat(fill.source_fd)):
             return fetch_chunk(fill, chunk, buffer, lock)
-        return fetch_cold_chunk(fill, chunk, origin, self._cold)
+        return fetch_cold_chunk(fill, chunk, buffer, origin, self._cold)
 
     def _is_wanted(self, model: bytes, path: bytes, size: int) -> bool:
         """Weights are, if there is room; a look at a `config.json` is no load, and it comes with the weights."""

@@ -23,7 +23,7 @@ from tierd.errors import UsageError
 from tierd.objects import beneath
 from tierd.objects.keys import NAME_BYTES_MAX, RESERVED, SUMS_PREFIX, check_bucket, check_key, shown
 from tierd.objects.pace import Stopping, Throttle
-from tierd.objects.ranges import Target, first_wrong_chunk, read_fully, spans, write_all
+from tierd.objects.ranges import Target, read_fully, spans, write_all
 from tierd.objects.store import (
     Into,
     Listed,
@@ -155,7 +155,7 @@ class DirectoryStore:
             with self._explained(place):
                 self._throttle.wait(span.length)
                 read = read_fully(fd, content, span.offset)
-            if read != span.length or first_wrong_chunk(span, content, sums, 0) is not None:
+            if read != span.length or not sums.matches(span.offset // CHUNK_BYTES, content):
                 raise ObjectDamaged(place, f"bytes {span.offset} to {span.end - 1} do not match their checksum")
             target.put(span, content)
 

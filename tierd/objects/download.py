@@ -1,6 +1,6 @@
 """Reads ranges of objects in an S3 store in parallel, and compares each chunk before it hands anything on.
 
-Contract: any thread. Memory is bounded: a buffer of one part per worker and per calling thread.
+Contract: any thread. Memory is bounded: a buffer of one chunk per worker and per calling thread, to hash one of a part.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Final
@@ -16,13 +16,41 @@ from typing import Final
 from tierd.objects import sums
 from tierd.objects.faults import Broken
 from tierd.objects.keys import SUMS_PREFIX
-from tierd.objects.ranges import Span, Target, first_wrong_chunk, spans
-from tierd.objects.store import Into, ObjectDamaged, ObjectMissing, Place, Stored
+from tierd.objects.ranges import Span, Target, spans
+from tierd.objects.store import FileRange, Into, ObjectDamaged, ObjectMissing, Place, Stored
 from tierd.objects.sums import CHUNK_BYTES, AnySums, Sums, WholeSum
 from tierd.objects.transport import Transport
 
+_SPAN_BYTES: Final = 64 << 20
+"""What one request reads at most into a file: chunk by chunk, so it costs no memory. Other ones read a part."""
 _CACHED_BYTES: Final = 16 << 20
 """Checksums kept in memory: those of 4 TiB of objects."""
+
+
+Room = Callable[[Span], memoryview]
+"""Where the bytes of a chunk are to be received."""
+Put = Callable[[Span, memoryview], None]
+"""Told of each chunk that is right."""
+
+
+class _OwnFault(Exception):
+    """The caller's file failed, not the store."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def _not_the_stores_fault() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _OwnFault(error) from None
+
+
+def _nowhere(chunk: Span, content: memoryview) -> None:
+    """It lies where it is wanted."""
 
 
 class SumsCache:
@@ -69,7 +97,8 @@ class Download:
         if not target.length:
             return
         known = self._sums(place, stored)
-        wanted = spans(offset, target.length, stored.size, self._transport.limits.part_bytes)
+        span_bytes = _SPAN_BYTES if isinstance(into, FileRange) else self._transport.limits.part_bytes
+        wanted = spans(offset, target.length, stored.size, span_bytes)
         self._in_parallel(place, known, target, wanted)
 
     def _in_parallel(self, place: Place, known: AnySums, target: Target, wanted: Iterator[Span]) -> None:
@@ -100,33 +129,46 @@ class Download:
             wait(running)  # they write where the caller may write again once this returns
 
     def _fetch_into(self, place: Place, known: AnySums, target: Target, span: Span) -> None:
-        room = target.room_for(span)
-        if room is not None:
-            self._fetch(place, known, span, room)
-            return
-        with self._buffer(span.length) as view:
-            self._fetch(place, known, span, view)
-            target.put(span, view)
+        with self._buffer(CHUNK_BYTES) as spare:
 
-    def _fetch(self, place: Place, known: AnySums | None, span: Span, view: memoryview, size: int = 0) -> None:
-        """Fill `view`; chunks that were right are not fetched twice. Without checksums `size` is the object's."""
-        good = 0
+            def room_for(chunk: Span) -> memoryview:
+                own = target.room_for(chunk)
+                return spare[: chunk.length] if own is None else own
+
+            def put(chunk: Span, content: memoryview) -> None:
+                if target.room_for(chunk) is None:
+                    target.put(chunk, content)
+
+            self._fetch(place, known, span, room_for, put)
+
+    def _fetch(
+        self, place: Place, known: AnySums | None, span: Span, room_for: Room, put: Put = _nowhere, size: int = 0
+    ) -> None:
+        """Receive each chunk where there is room for it, compare it, and hand it on; none of that is done twice.
+
+        Without checksums `size` is the object's.
+        """
+        at = span.offset
         size = known.stored.size if known else size
 
         def one_try() -> None:
-            nonlocal good
-            rest = view[good:]
-            pace = self._transport.pace(len(rest))
-            self._transport.wire.read(place.bucket, place.key, span.offset + good, rest, size, pace)
-            if known is None:
-                return
-            wrong = first_wrong_chunk(span, view, known, good)
-            if wrong is not None:
-                good = wrong
-                at = span.offset + wrong
-                raise Broken(f"bytes {at} to {min(at + CHUNK_BYTES, size) - 1} do not match their checksum")
+            nonlocal at
+            with self._transport.wire.reading(place.bucket, place.key, at, span.end - at, size) as incoming:
+                while at < span.end:
+                    chunk = Span(at, min(CHUNK_BYTES, span.end - at))
+                    view = room_for(chunk)
+                    # Its own deadline: what the caller's file takes in between is not the store's fault.
+                    incoming.fill(view, self._transport.pace(chunk.length))
+                    if known is not None and not known.matches(chunk.offset // CHUNK_BYTES, view):
+                        raise Broken(f"bytes {at} to {chunk.end - 1} do not match their checksum")
+                    with _not_the_stores_fault():
+                        put(chunk, view)
+                    at = chunk.end
 
-        self._transport.call(place, one_try)
+        try:
+            self._transport.call(place, one_try)
+        except _OwnFault as fault:
+            raise fault.error from None
 
     def hash(self, place: Place, size: int, expected: AnySums | None) -> Sums:
         """Read all bytes, in parallel, and hash them in their order; they are compared if anything is expected."""
@@ -135,7 +177,11 @@ class Download:
 
         def fetch(span: Span) -> bytearray:
             buffer = self._take(span.length)
-            self._fetch(place, expected, span, memoryview(buffer)[: span.length], size)
+
+            def room_for(chunk: Span) -> memoryview:
+                return memoryview(buffer)[chunk.offset - span.offset :][: chunk.length]
+
+            self._fetch(place, expected, span, room_for, size=size)
             return buffer
 
         def add_oldest() -> None:
@@ -182,8 +228,8 @@ class Download:
         content = memoryview(bytearray(sums.encoded_bytes(size)))
 
         def one_try() -> Sums:
-            pace = self._transport.pace(len(content))
-            self._transport.wire.read(beside.bucket, beside.key, 0, content, len(content), pace)
+            with self._transport.wire.reading(beside.bucket, beside.key, 0, len(content), len(content)) as incoming:
+                incoming.fill(content, self._transport.pace(len(content)))
             try:
                 return sums.decode(bytes(content))
             except sums.SumsDamaged as damage:

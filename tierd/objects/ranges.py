@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from tierd.objects.store import FileRange, Into
-from tierd.objects.sums import CHUNK_BYTES, AnySums
+from tierd.objects.sums import CHUNK_BYTES
+
+_WRITE_BYTES: Final = 1 << 20
+"""Larger writes get page cache in blocks of 2 MiB, and such blocks are what a virtual machine gives back to its host
+while they are free (free page reporting): to write to them again took 3.6 s of a processor per GiB instead of 0.3."""
 
 
 class Span(NamedTuple):
@@ -23,26 +27,15 @@ class Span(NamedTuple):
 
 
 def spans(offset: int, length: int, size: int, span_bytes: int) -> Iterator[Span]:
-    """Cuts the chunks that a range touches, of an object of `size` bytes, into spans of at most `span_bytes`.
-
-    Spans begin at multiples of `span_bytes`, which is one of chunks, so that readers beside each other ask alike.
-    """
+    """Cuts the chunks that a range touches, of an object of `size` bytes, into spans of `span_bytes`, a multiple of
+    chunks; the last one may be shorter."""
     if length <= 0:
         return
     at = offset - offset % CHUNK_BYTES
     end = min(size, -(-(offset + length) // CHUNK_BYTES) * CHUNK_BYTES)
     while at < end:
-        length = min(end, at - at % span_bytes + span_bytes) - at
-        yield Span(at, length)
-        at += length
-
-
-def first_wrong_chunk(span: Span, content: memoryview, sums: AnySums, good: int) -> int | None:
-    """Where in the span's bytes, of which `good` were compared before, the first chunk begins that does not match."""
-    for at in range(good, span.length, CHUNK_BYTES):
-        if not sums.matches((span.offset + at) // CHUNK_BYTES, content[at : at + CHUNK_BYTES]):
-            return at
-    return None
+        yield Span(at, min(span_bytes, end - at))
+        at += span_bytes
 
 
 class Target:
@@ -75,7 +68,7 @@ class Target:
 def write_all(fd: int, content: memoryview, offset: int) -> None:
     """pwrite(2) until all is written."""
     while content:
-        written = os.pwrite(fd, content, offset)
+        written = os.pwrite(fd, content[:_WRITE_BYTES], offset)
         content, offset = content[written:], offset + written
 
 

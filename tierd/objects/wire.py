@@ -7,19 +7,24 @@ tests run every method against two servers, and would notice a release of minio 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
+from http.client import HTTPResponse
 from typing import Any, Final, NamedTuple, cast
 
 from minio import Minio
 from minio.datatypes import ListMultipartUploadsResult, Part, parse_list_objects
 from minio.error import ServerError
 from urllib3 import BaseHTTPResponse
+from urllib3.exceptions import IncompleteRead
 
 from tierd.objects.faults import Broken, Unlike
 from tierd.objects.store import Listed
 
 BLOCK_BYTES: Final = 256 << 10
-"""What is sent or received before bandwidth and deadline are looked at again."""
+"""What is sent before bandwidth and deadline are looked at again."""
+_RECEIVE_BYTES: Final = 1 << 20
+"""What is received before that: with blocks of 256 KiB the system calls took a tenth of the processors' time."""
 META_SHA256: Final = "x-amz-meta-tierd-sha256"
 META_UPLOAD: Final = "x-amz-meta-tierd-upload"
 """Tells an upload of ours that was finished from another object of the same name."""
@@ -48,6 +53,36 @@ class Body:
             self._pace(len(piece))
         self._sent += len(piece)
         return piece
+
+
+class Incoming:
+    """Bytes of an answer, received where the caller wants them: urllib3 would make an object of each piece, to be
+    copied from. For one thread."""
+
+    def __init__(self, response: BaseHTTPResponse, length: int) -> None:
+        self._response: HTTPResponse = cast(Any, response)._fp
+        self._length = length
+        self._came = 0
+        if self._response.chunked:
+            raise Broken("its length is not told")
+
+    def fill(self, view: memoryview, pace: Pace) -> None:
+        """The next bytes, until the view is full. Raises what `faults.FAULTS` lists, and what `pace` does."""
+        filled = 0
+        while filled < len(view):
+            # One system call each: `readinto` would wait for all of it, however slowly it drips.
+            received = self._response.fp.readinto1(view[filled : filled + _RECEIVE_BYTES])
+            if not received:
+                raise IncompleteRead(self._came, self._length - self._came)
+            filled += received
+            self._came += received
+            pace(received)
+
+    def end(self) -> None:
+        """All of it came: the connection may be used again."""
+        if self._came != self._length:
+            raise Broken(f"{self._came} bytes were taken of {self._length}")
+        self._response.close()
 
 
 class Answered(NamedTuple):
@@ -86,20 +121,15 @@ class Wire(Minio):
         metadata: Mapping[str, str] = found.metadata or {}
         return Answered(found.size or 0, metadata.get(META_SHA256), metadata.get(META_UPLOAD))
 
-    def read(self, bucket: str, key: str, offset: int, view: memoryview, size: int, pace: Pace) -> None:
-        """Fill `view` with the object's bytes from `offset` on; `size` is how long the object must be."""
-        response = self.get_object(bucket, key, offset=offset, length=len(view))
+    @contextmanager
+    def reading(self, bucket: str, key: str, offset: int, length: int, size: int) -> Iterator[Incoming]:
+        """So many bytes of the object from `offset` on, to be taken in their order; `size` is how long it must be."""
+        response = self.get_object(bucket, key, offset=offset, length=length)
         try:
-            _check_head(response, offset, len(view), size)
-            filled = 0
-            while filled < len(view):
-                # One system call each: `read` would wait for all of the block, however slowly it drips.
-                block = response.read1(min(BLOCK_BYTES, len(view) - filled), decode_content=False)
-                if not block:
-                    raise Broken(f"{filled} bytes came of {len(view)}")
-                view[filled : filled + len(block)] = block
-                filled += len(block)
-                pace(len(block))
+            _check_head(response, offset, length, size)
+            incoming = Incoming(response, length)
+            yield incoming
+            incoming.end()
         except BaseException:
             response.close()  # what is still on its way must not be taken for the next answer
             raise
