@@ -16,8 +16,10 @@ from tests.controller.moving import Site
 from tests.controller.users import User
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.moves import Moves
+from tierd.errors import TierdError
 from tierd.stubs import COLD_MARK
 
+_TRIES = 3
 FILES = {"config.json": b"{}", "model-1.safetensors": os.urandom(70_000), "model-2.safetensors": os.urandom(5_000)}
 FILES |= {"unet/weights.bin": os.urandom(3_000), "empty": b""}
 NAMES = [*FILES, "unet/same.safetensors"]
@@ -123,23 +125,25 @@ class Bench:
         self._site = site
         self.case = case
         self._numbers = 0
+        self._mtime_ns = 0
 
     async def new(self) -> Site:
         self._numbers += 1
         site = replace(self._site, model_id=f"models/m{self._numbers}")
         site.make_model(FILES)
+        self._mtime_ns = (site.model / "config.json").stat().st_mtime_ns  # JuiceFS keeps microseconds
         await site.register()
         if self.case.prepare is not None:
             async with site.leading() as moves:
                 await self.case.prepare(site, moves)
         return site
 
-    async def each(self, numbers: Iterable[int], effects: Sequence[str]) -> None:
+    async def each(self, numbers: Iterable[int], effects: Sequence[str], kill: Kill | None = None) -> None:
         """Kill at each of these."""
         async with self._site.connected():
             for last in numbers:
                 try:
-                    await self.one(last, leave)
+                    await self.one(last, kill or leave)
                 except BaseException as error:
                     error.add_note(f"killed at {last}: {effects[last - 1]}")
                     raise
@@ -175,7 +179,7 @@ class Bench:
         for name in names - {case.changed}:
             mode, _, _, (mtime_ns, links), xattrs = found[name]
             mark = COLD_MARK if case.tier == "cold" and name != "empty" else 0
-            assert (mode, mtime_ns) == (oct(0o100640 | mark), 1_500_000_000_000_000_007), name
+            assert (mode, mtime_ns) == (oct(0o100640 | mark), self._mtime_ns), name
             assert links == (2 if "same" in name or "model-2" in name else 1)
             assert xattrs == (("user.origin", b"hub"),)
         move = await site.value("SELECT min(id) FROM moves WHERE subject = $1", site.model_id)
@@ -211,6 +215,45 @@ async def leave(bench: Bench, site: Site, last: int) -> list[str]:
         async with site.leading(fate) as moves:
             await case.act(site, moves)
     return fate.effects
+
+
+def failing(number: int) -> Kill:
+    """A call that fails, which is harder than a death: whoever made it goes on, and does what it does then."""
+
+    async def fail(bench: Bench, site: Site, last: int) -> list[str]:
+        case = bench.case
+
+        def before(effect: str) -> None:
+            case.meddle(site, effect)
+            if len(fate.effects) == last:
+                raise OSError(number, os.strerror(number))
+
+        fate = Fate(0, before)
+        async with site.leading(fate) as moves:
+            for _ in range(_TRIES):
+                with suppress(OSError):
+                    await case.act(site, moves)
+        return fate.effects
+
+    return fail
+
+
+async def unmounted(bench: Bench, site: Site, last: int) -> list[str]:
+    """After the kill the next leader finds an empty directory where the source was mounted; then the source is back."""
+    effects = await leave(bench, site, last)
+    aside = site.root / "aside"
+    os.rename(site.source, aside)
+    site.source.mkdir()
+    try:
+        async with site.leading() as moves:
+            with suppress(TierdError):
+                await moves.look_around()
+                await bench.case.act(site, moves)
+        assert list(site.source.iterdir()) == []
+    finally:
+        site.source.rmdir()
+        os.rename(aside, site.source)
+    return effects
 
 
 async def watched(bench: Bench, site: Site, last: int) -> list[str]:
