@@ -236,12 +236,15 @@ class PostgresServer(Server):
         """The URL of a database here, with the password."""
         return f"postgresql://{self.user}:{password or self.password}@{HOST}:{self.port}/{database}"
 
-    def create_database(self) -> str:
-        """A new, empty database; starts the server if a test left it stopped. Its URL."""
+    def create_database(self, template: str = "template1") -> str:
+        """A new database; starts the server if a test left it stopped. Its URL.
+
+        It is empty, or a copy of the one with the URL `template`, which nobody is connected to.
+        """
         self.start()
         self._databases += 1
         name = f"test_{self._databases}"
-        run(self._execute(f"CREATE DATABASE {name}"))
+        run(self._execute(f"CREATE DATABASE {name} TEMPLATE {template.rpartition('/')[2]}"))
         return self.dsn(name)
 
     def drop_database(self, dsn: str) -> None:

@@ -26,6 +26,7 @@ _MODE = 0o755
 _LOCK_TRIES = 32
 _RACES_MAX = 3
 _ASIDE = b"origins."
+_NUMBER_DIGITS = 20
 
 
 def is_cold(st: os.stat_result) -> bool:
@@ -139,8 +140,17 @@ def _opened(dir_fd: int, path: bytes) -> Iterator[int]:
 
 
 def write_origins(base: int, origins: Mapping[int, Origin]) -> None:
-    """One more file of origins in a directory's `.tierd`, whole or not at all; it overrules those before."""
-    _write(base, b"%020d-%s.json" % (time.time_ns(), secrets.token_hex(4).encode()), encode(origins))
+    """One more file of origins in a directory's `.tierd`, whole or not at all; it overrules those before.
+
+    Those of a clock that went ahead, too: what an inode stood for whose number is used again would be read for it.
+    """
+    number = max(time.time_ns(), _latest(base) + 1)
+    _write(base, b"%020d-%s.json" % (number, secrets.token_hex(4).encode()), encode(origins))
+
+
+def _latest(base: int) -> int:
+    with _opened(base, ORIGINS) as fd:
+        return max((int(name[:_NUMBER_DIGITS]) for name in _files_of(fd) if name[:_NUMBER_DIGITS].isdigit()), default=0)
 
 
 def drop_origins(base: int, inodes: Collection[int]) -> None:

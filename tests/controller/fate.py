@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 
 
@@ -20,15 +21,17 @@ class Fate:
         self._last = last
         self._before = before
         self._really = really
+        self._lock = threading.Lock()
         self.effects: list[str] = []
 
     def __call__(self, effect: str) -> None:
         """Just before an effect, or just after it."""
-        if self._last and len(self.effects) >= self._last:
-            raise Killed  # the other threads of a process end with it
-        self.effects.append(effect)
-        self._before(effect)
-        if len(self.effects) == self._last:
-            if self._really:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise Killed
+        with self._lock:
+            if self._last and len(self.effects) >= self._last:
+                raise Killed  # the other threads of a process end with it
+            self.effects.append(effect)
+            self._before(effect)
+            if len(self.effects) == self._last:
+                if self._really:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise Killed

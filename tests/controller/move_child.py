@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from tests.controller.fate import Fate
+from tests.controller.kills import CASES
 from tests.controller.moving import opened_site
-from tests.controller.test_moves_kills import CASES
 from tests.servers import run
 
 

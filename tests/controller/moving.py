@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -39,6 +39,14 @@ FILES = {
 
 
 @dataclass
+class Shared:
+    """What all sites of one source use within `Site.connected`."""
+
+    connection: Connection | None = None
+    database: Database | None = None
+
+
+@dataclass
 class Site:
     """A source, an object store and a database of one test."""
 
@@ -47,6 +55,7 @@ class Site:
     store: ObjectStore
     settings: MoveSettings
     model_id: str = MODEL
+    shared: Shared = field(default_factory=Shared)
 
     @property
     def source(self) -> Path:
@@ -72,8 +81,24 @@ class Site:
         os.link(self.model / "model-2.safetensors", self.model / "unet/same.safetensors")
 
     @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """For the length of a `with` the connections that are not those of a leader are kept: each takes 20 ms."""
+        if self.shared.connection is not None:
+            yield
+            return
+        async with connected(self.dsn) as connection, Database(settings_for(self.dsn)) as database:
+            self.shared.connection, self.shared.database = connection, database
+            try:
+                yield
+            finally:
+                self.shared.connection = self.shared.database = None
+
+    @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        """A connection of its own."""
+        """A connection, for one task."""
+        if self.shared.connection is not None:
+            yield self.shared.connection
+            return
         async with connected(self.dsn) as connection:
             yield connection
 
@@ -106,14 +131,17 @@ class Site:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(connected(self.dsn))
             epoch = await begin_epoch(session, "test")
-            database = await stack.enter_async_context(Database(settings_for(self.dsn)))
+            database = self.shared.database
+            if database is None:
+                database = await stack.enter_async_context(Database(settings_for(self.dsn)))
             tree = HotTree(self.source)
             stack.callback(tree.close)
             yield stack.enter_context(Moves(database, tree, self.store, replace(self.settings, **settings), epoch, at))
 
     def meanwhile(self, query: str, *values: object) -> None:
         """A statement of somebody else, from within whatever runs."""
-        thread = threading.Thread(target=lambda: asyncio.run(self.execute(query, *values)))
+        own = replace(self, shared=Shared())
+        thread = threading.Thread(target=lambda: asyncio.run(own.execute(query, *values)))
         thread.start()
         thread.join()
 
@@ -199,7 +227,7 @@ def stub_path(path: Path) -> Path:
 
 def site_of(root: Path, dsn: str, store: ObjectStore | None = None, **settings: Any) -> Site:
     """A new one with a model, over a plain directory."""
-    (root / "source").mkdir()
+    (root / "source").mkdir(exist_ok=True)
     (root / "objects").mkdir()
     site = opened_site(root, dsn, store, **settings)
     site.make_model()

@@ -148,6 +148,71 @@ def test_a_model_whose_files_are_all_stubs_is_cold(books: Books, source: Path) -
     ]
 
 
+def test_an_imported_model_is_found_again(books: Books, source: Path) -> None:
+    """After the database was lost: its objects are of no version."""
+    fill(source, imported__a=10, mixed__a=10, mixed__b=10)
+    freeze_model(source, "models/imported", version=0)
+    freeze_model(source, "models/mixed", version=0, names=["a.safetensors"])
+    freeze_model(source, "models/mixed", version=4, names=["b.safetensors"])
+    for _ in range(2):
+        books.refresh()
+        assert books.rows("model_id", "tier", "size_bytes", "version", "imported") == [
+            ("models/imported", "cold", 10, 0, True),
+            ("models/mixed", "cold", 20, 4, True),
+        ]
+
+
+def test_a_cold_model_that_nobody_can_read_is_not_registered(books: Books, source: Path) -> None:
+    fill(source, m__a=10)
+    freeze_model(source, "models/m")
+    for file in (source / "models/m/.tierd/origins").iterdir():
+        file.unlink()
+    books.refresh()
+    assert books.rows("model_id") == []
+
+
+def test_a_model_that_is_renamed_while_cold_keeps_its_age(books: Books, source: Path) -> None:
+    fill(source, old__a=10)
+    books.refresh()
+    books.ask("UPDATE model_locations SET created_at = now() - interval '90 days', version = 3")
+    freeze_model(source, "models/old")
+    (source / "models/old").rename(source / "models/new")
+    books.refresh()
+    age = "extract(day FROM now() - created_at)::int"
+    assert books.rows("model_id", "tier", "version", "vanished_at IS NULL", age) == [
+        ("models/new", "cold", 3, True, 90),
+        ("models/old", "hot", 3, False, 90),
+    ]
+
+
+LOOKED_AT = ("models/one.gguf", "models/llama", "models/org/m", "models/cold", "models/hub/models--a--b")
+
+
+@pytest.mark.parametrize("model", LOOKED_AT)
+def test_one_model_is_found_as_a_scan_finds_it(model: str, source: Path) -> None:
+    _make_looked_at(source)
+    assert catalogue_scan.look(source, ROOTS, model) == catalogue_scan.scan(source, ROOTS).models[model]
+
+
+NO_MODELS = ("models", "models/org", "models/llama/unet", "models/link", "elsewhere/m", "models/none", "models/./llama")
+
+
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_what_is_no_model_is_not_looked_at(name: str, source: Path) -> None:
+    _make_looked_at(source)
+    assert catalogue_scan.look(source, ROOTS, name) is None
+
+
+def _make_looked_at(source: Path) -> None:
+    names = ("models/one.gguf", "models/llama/a.bin", "models/llama/unet/b.bin", "models/org/m/a.bin", "models/org/m/x")
+    for name in (*names, "models/cold/a.bin", "elsewhere/m/a.bin", "models/hub/models--a--b/blobs/0"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(name.encode())
+    os.link(source / "models/org/m/x", source / "models/org/m/again")
+    (source / "models/link").symlink_to("llama")
+    freeze_model(source, "models/cold")
+
+
 def test_a_stub_that_has_its_bytes_again_is_hot(books: Books, source: Path) -> None:
     fill(source, m__a=10)
     freeze_model(source, "models/m")

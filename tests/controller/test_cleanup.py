@@ -23,8 +23,8 @@ BOOT = "6f0c58a0-6f4a-4c1c-8f8e-0d8a8f6f7f11"
 
 
 @pytest.fixture
-def site(tmp_path: Path, database: str) -> Site:
-    return Site(tmp_path, database, nodes_report=True, cleanup_share_max=1.0)
+def site(tmp_path: Path, schema: str) -> Site:
+    return Site(tmp_path, schema, nodes_report=True, cleanup_share_max=1.0)
 
 
 def cleanup(site: Site, *, dry_run: bool = False, break_moves: Sequence[str] = (), **more: Any) -> Outcome:

@@ -25,9 +25,9 @@ MODEL = "models/llama"
 
 
 @pytest.fixture
-def site(tmp_path: Path, database: str) -> Site:
+def site(tmp_path: Path, schema: str) -> Site:
     """A model that the catalogue knows."""
-    made = Site(tmp_path, database, grace=0)
+    made = Site(tmp_path, schema, grace=0)
     made.model(MODEL)
     made.ask("INSERT INTO model_locations (model_id, tier, size_bytes) VALUES ($1, 'hot', 20000)", MODEL)
     return made

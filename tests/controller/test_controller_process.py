@@ -17,8 +17,8 @@ from tests.faulty import FaultySource
 
 
 @pytest.fixture
-def site(tmp_path: Path, database: str) -> Site:
-    return Site(tmp_path, database)
+def site(tmp_path: Path, schema: str) -> Site:
+    return Site(tmp_path, schema)
 
 
 def test_it_leads_tells_how_it_is_and_ends_when_asked(site: Site) -> None:

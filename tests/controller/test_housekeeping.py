@@ -16,8 +16,8 @@ BOOT = "6f0c58a0-6f4a-4c1c-8f8e-0d8a8f6f7f1{}"
 
 
 @pytest.fixture
-def site(tmp_path: Path, database: str) -> Site:
-    return Site(tmp_path, database)
+def site(tmp_path: Path, schema: str) -> Site:
+    return Site(tmp_path, schema)
 
 
 def test_indexes_that_no_node_has_any_more_are_forgotten_and_the_latest_never(site: Site) -> None:

@@ -305,9 +305,9 @@ def test_refusals_are_bounded() -> None:
 
 
 def test_by_command_and_through_a_mount(
-    database: str, tmp_path: Path, overlay_mount: MountFactory, new_directory: DirectoryFactory
+    schema: str, tmp_path: Path, overlay_mount: MountFactory, new_directory: DirectoryFactory
 ) -> None:
-    site = CommandSite(tmp_path, database)
+    site = CommandSite(tmp_path, schema)
     beneath = Files(site.objects)
     for name, content in CONTENT.items():
         beneath.put(BUCKET, f"{PREFIX}/{name}", content)

@@ -28,8 +28,8 @@ DONE = Outcome("done", "all of it", {"things": 3})
 
 
 @pytest.fixture
-def site(tmp_path: Path, database: str) -> Site:
-    return Site(tmp_path, database)
+def site(tmp_path: Path, schema: str) -> Site:
+    return Site(tmp_path, schema)
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import asyncpg
 import pytest
 
-from tests.controller.house import POLL_SECONDS, connected, migrated, until
+from tests.controller.house import POLL_SECONDS, connected, until
 from tests.servers import run
 from tierd.controller.db import Connection
 from tierd.controller.leader import NotLeaderError, assert_leader, begin_epoch
@@ -28,17 +28,13 @@ class Sessions(AsyncExitStack):
         super().__init__()
         self._dsn = dsn
 
-    async def __aenter__(self) -> Sessions:
-        await migrated(self._dsn)
-        return await super().__aenter__()
-
     async def new(self) -> Connection:
         return await self.enter_async_context(connected(self._dsn))
 
 
-def test_one_leads_at_a_time_and_each_has_an_epoch_of_its_own(database: str) -> None:
+def test_one_leads_at_a_time_and_each_has_an_epoch_of_its_own(schema: str) -> None:
     async def main() -> None:
-        async with Sessions(database) as sessions:
+        async with Sessions(schema) as sessions:
             first, second = await sessions.new(), await sessions.new()
             assert await begin_epoch(first, "one") == 1
             with pytest.raises(NotLeaderError, match=r"^one leads since [0-9-]+ [0-9:]+ UTC$"):
@@ -51,9 +47,9 @@ def test_one_leads_at_a_time_and_each_has_an_epoch_of_its_own(database: str) -> 
     run(main())
 
 
-def test_any_connection_of_the_leader_may_act_in_its_epoch(database: str) -> None:
+def test_any_connection_of_the_leader_may_act_in_its_epoch(schema: str) -> None:
     async def main() -> None:
-        async with Sessions(database) as sessions:
+        async with Sessions(schema) as sessions:
             leader, worker = await sessions.new(), await sessions.new()
             epoch = await begin_epoch(leader, "one")
             for _ in range(2):
@@ -65,9 +61,9 @@ def test_any_connection_of_the_leader_may_act_in_its_epoch(database: str) -> Non
     run(main())
 
 
-def test_nobody_leads_before_the_first_epoch(database: str) -> None:
+def test_nobody_leads_before_the_first_epoch(schema: str) -> None:
     async def main() -> None:
-        async with Sessions(database) as sessions:
+        async with Sessions(schema) as sessions:
             worker = await sessions.new()
             for epoch in (0, 1):
                 with pytest.raises(NotLeaderError):
@@ -77,11 +73,11 @@ def test_nobody_leads_before_the_first_epoch(database: str) -> None:
     run(main())
 
 
-def test_a_leader_whose_session_ended_destroys_nothing(database: str) -> None:
+def test_a_leader_whose_session_ended_destroys_nothing(schema: str) -> None:
     """Even though nobody has taken over, and its other connections work."""
 
     async def main() -> None:
-        async with Sessions(database) as sessions:
+        async with Sessions(schema) as sessions:
             leader, worker, watcher = await sessions.new(), await sessions.new(), await sessions.new()
             epoch = await begin_epoch(leader, "one")
             await end_session(watcher, leader)
@@ -92,9 +88,9 @@ def test_a_leader_whose_session_ended_destroys_nothing(database: str) -> None:
     run(main())
 
 
-def test_a_leader_that_was_succeeded_destroys_nothing(database: str) -> None:
+def test_a_leader_that_was_succeeded_destroys_nothing(schema: str) -> None:
     async def main() -> None:
-        async with Sessions(database) as sessions:
+        async with Sessions(schema) as sessions:
             leader, worker, successor = await sessions.new(), await sessions.new(), await sessions.new()
             epoch = await begin_epoch(leader, "one")
             await end_session(successor, leader)
@@ -106,9 +102,9 @@ def test_a_leader_that_was_succeeded_destroys_nothing(database: str) -> None:
     run(main())
 
 
-def test_a_successor_waits_until_a_transaction_that_destroys_has_ended(database: str) -> None:
+def test_a_successor_waits_until_a_transaction_that_destroys_has_ended(schema: str) -> None:
     async def main() -> None:
-        async with Sessions(database) as sessions:
+        async with Sessions(schema) as sessions:
             leader, worker, successor, watcher = [await sessions.new() for _ in range(4)]
             epoch = await begin_epoch(leader, "one")
             transaction = worker.transaction()
@@ -126,9 +122,9 @@ def test_a_successor_waits_until_a_transaction_that_destroys_has_ended(database:
     run(main())
 
 
-def test_an_epoch_that_could_not_begin_does_not_keep_others_out(database: str) -> None:
+def test_an_epoch_that_could_not_begin_does_not_keep_others_out(schema: str) -> None:
     async def main() -> None:
-        async with Sessions(database) as sessions:
+        async with Sessions(schema) as sessions:
             first, second = await sessions.new(), await sessions.new()
             await second.execute("ALTER TABLE leader ADD CHECK (holder <> 'bad')")
             with pytest.raises(asyncpg.CheckViolationError):
@@ -140,9 +136,9 @@ def test_an_epoch_that_could_not_begin_does_not_keep_others_out(database: str) -
     run(main())
 
 
-def test_an_epoch_needs_a_connection_without_a_transaction(database: str) -> None:
+def test_an_epoch_needs_a_connection_without_a_transaction(schema: str) -> None:
     async def main() -> None:
-        async with Sessions(database) as sessions:
+        async with Sessions(schema) as sessions:
             connection = await sessions.new()
             async with connection.transaction():
                 with pytest.raises(AssertionError):

@@ -1,245 +1,48 @@
-"""Moves end as if nothing had happened, and no byte misses on the way, though processes end between any two effects.
-
-Every effect is tried: each call that changes the source, each object, each transaction, before and after it.
-"""
+"""Moves end as if nothing had happened, and no byte misses on the way, though processes end between any two effects."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from tests.controller.fate import Fate, Killed
 from tests.controller.house import REPOSITORY, environment
+from tests.controller.kills import CASES, Bench, leave, watched
 from tests.controller.moving import Site, site_of
 from tests.servers import run
-from tierd.controller.move_file import MoveRefused
-from tierd.controller.moves import Moves
-from tierd.stubs import COLD_MARK
 
-FILES = {"config.json": b"{}", "model-1.safetensors": os.urandom(70_000), "model-2.safetensors": os.urandom(5_000)}
-FILES |= {"unet/weights.bin": os.urandom(3_000), "empty": b""}
-NAMES = [*FILES, "unet/same.safetensors"]
-
-
-def bytes_of(name: str) -> bytes:
-    return FILES["model-2.safetensors" if name == "unet/same.safetensors" else name]
-
-
-async def wish(site: Site, moves: Moves) -> None:
-    """Somebody asks for a demotion that there is none of yet."""
-    if await site.value("SELECT count(*) FROM moves WHERE subject = $1", site.model_id) == 0:
-        await moves.demote(site.model_id, "not read for a while")
-
-
-async def demote(site: Site, moves: Moves) -> None:
-    await wish(site, moves)
-    await moves.resume_all()
-
-
-async def demote_and_delete(site: Site, moves: Moves) -> None:
-    await demote(site, moves)
-    await site.end_grace()
-    await moves.resume_all()
-
-
-async def undo(site: Site, moves: Moves) -> None:
-    with suppress(MoveRefused):  # it is undone already
-        await moves.undo(site.model_id)
-    await moves.resume_all()
-
-
-async def promote(site: Site, moves: Moves) -> None:
-    if await site.value("SELECT count(*) FROM moves WHERE subject = $1 AND kind = 'promote'", site.model_id) == 0:
-        await moves.promote(site.model_id, "asked for")
-    await moves.resume_all()
-
-
-@dataclass(frozen=True)
-class Case:
-    """`prepare`, which nobody disturbs, then `act`; whoever looks finds `changed` files with other bytes."""
-
-    act: Callable[[Site, Moves], Awaitable[None]]
-    states: list[str]
-    tier: str
-    prepare: Callable[[Site, Moves], Awaitable[None]] | None = None
-    meddle: Callable[[Site, str], None] = lambda site, effect: None
-    changed: str = ""
-    renamed: str = ""
-    lost: str = ""
-
-
-def append_once(site: Site, effect: str) -> None:
-    """A user writes to a file of which there is a stub already."""
-    path = site.model / "unet/weights.bin"
-    if effect == "take" and path.exists() and path.stat().st_size == len(FILES["unet/weights.bin"]):
-        with path.open("ab") as file:
-            file.write(b"+")
-
-
-def rename_once(site: Site, effect: str) -> None:
-    """A user renames a file whose stub was put in its place this moment."""
-    stub = site.model / "unet/.tierd/cold/weights.bin"
-    if effect in ("placed stub", "take") and stub.exists() and (site.model / "unet/weights.bin").exists():
-        (site.model / "unet/weights.bin").rename(site.model / "unet/weights.bin.old")
-
-
-def write_to_trash_once(site: Site, effect: str) -> None:
-    """A program writes through a descriptor from before the demotion."""
-    if effect == "begin delete files":
-        for path in (site.source / ".tierd/trash").rglob("weights.bin"):
-            if path.stat().st_size == len(FILES["unet/weights.bin"]):
-                with path.open("ab") as file:
-                    file.write(b"+")
-
-
-async def demote_and_lose(site: Site, moves: Moves) -> None:
-    """The object store loses an object within the grace."""
-    await demote(site, moves)
-    for path in (site.root / "objects").glob(f"*/{site.model_id}/v1/config.json"):
-        path.unlink()
-
-
-CASES = {
-    "demote": Case(demote, ["in_grace"], "cold"),
-    "delete": Case(demote_and_delete, ["done"], "cold", prepare=demote),
-    "undo": Case(undo, ["abandoned", "done"], "hot", prepare=demote),
-    "promote": Case(promote, ["done", "done"], "hot", prepare=demote_and_delete),
-    "abandon": Case(demote, ["abandoned"], "hot", meddle=append_once, changed="unet/weights.bin"),
-    "renamed": Case(demote, ["abandoned"], "hot", meddle=rename_once, renamed="unet/weights.bin"),
-    "object lost": Case(demote_and_delete, ["abandoned"], "hot", prepare=demote_and_lose, lost="config.json"),
-}
-
-
+NAMES = ("demote", "delete", "undo", "promote", "abandon")
 RARE = ("renamed", "object lost")
 """Tried in the campaign."""
-
-
-class Bench:
-    """One model for each kill, all in one source."""
-
-    def __init__(self, site: Site, case: Case) -> None:
-        self._site = site
-        self._case = case
-        self._numbers = 0
-
-    async def new(self) -> Site:
-        self._numbers += 1
-        site = replace(self._site, model_id=f"models/m{self._numbers}")
-        site.make_model(FILES)
-        await site.register()
-        if self._case.prepare is not None:
-            async with site.leading() as moves:
-                await self._case.prepare(site, moves)
-        return site
-
-    async def one(self, last: int, kill: Callable[[Site, int], Awaitable[list[str]]]) -> list[str]:
-        """Kill at that effect; look; go on to the end; look again. The effects that were come by."""
-        site, case = await self.new(), self._case
-        created = await site.value("SELECT created_at FROM model_locations WHERE model_id = $1", site.model_id)
-        effects = await kill(site, last)
-        assert_bytes(site, case)
-        async with site.leading(Fate(0, lambda effect: case.meddle(site, effect))) as moves:
-            await case.act(site, moves)
-        assert_bytes(site, case)
-        await self._assert_end(site, created)
-        return effects
-
-    async def _assert_end(self, site: Site, created: object) -> None:
-        case = self._case
-        row = await site.value("SELECT (tier, created_at) FROM model_locations WHERE model_id = $1", site.model_id)
-        assert row == (case.tier, created)
-        query = "SELECT array_agg(state ORDER BY id) FROM moves WHERE subject = $1"
-        assert await site.value(query, site.model_id) == case.states
-        found = site.snapshot()
-        names = {name if case.tier == "hot" else cold_name(name) for name in NAMES if name != "empty"} | {"empty"}
-        if case.renamed:
-            names = names - {case.renamed} | {f"{case.renamed}.old"}
-            assert (site.model / f"{case.renamed}.old").read_bytes() == bytes_of(case.renamed)
-        assert {name for name in found if name.startswith(("config", "model", "unet/", "empty", ".tierd"))} == names
-        for name in names - {case.changed}:
-            mode, _, _, (mtime_ns, links), xattrs = found[name]
-            mark = COLD_MARK if case.tier == "cold" and name != "empty" else 0
-            assert (mode, mtime_ns) == (oct(0o100640 | mark), 1_500_000_000_000_000_007), name
-            assert links == (2 if "same" in name or "model-2" in name else 1)
-            assert xattrs == (("user.origin", b"hub"),)
-        move = await site.value("SELECT min(id) FROM moves WHERE subject = $1", site.model_id)
-        litter = [name for name in site.litter() if name.endswith(f"/{move}")]
-        assert litter == ([f".tierd/trash/{move}"] if case.states == ["in_grace"] else [])
-
-
-def cold_name(name: str) -> str:
-    path = Path(name)
-    return str(path.parent / ".tierd/cold" / path.name)
-
-
-def assert_bytes(site: Site, case: Case) -> None:
-    """Each file is there, and right."""
-    for name in NAMES:
-        if name == case.lost and name not in site.hot_names():
-            assert list((site.source / ".tierd/trash").glob(f"*/{name}")), name
-            continue
-        if name == case.renamed and not (site.model / name).exists():
-            continue
-        found = site.read(name)
-        right = bytes_of(name)
-        assert found == right or (name == case.changed and found == right + b"+"), name
-
-
-async def leave(site: Site, last: int, case: Case) -> list[str]:
-    """The process goes, as far as anybody can see: what it raised nobody catches, its connections close."""
-    fate = Fate(last, lambda effect: case.meddle(site, effect))
-    with suppress(Killed):
-        async with site.leading(fate) as moves:
-            await case.act(site, moves)
-    return fate.effects
-
-
-@pytest.fixture
-def site(schema: str, tmp_path: Path) -> Site:
-    return site_of(tmp_path, schema, lease_reports=False)
-
-
-@pytest.mark.parametrize(
-    "name", ["demote", "delete", "undo", "abandon", *(pytest.param(name, marks=pytest.mark.campaign) for name in RARE)]
-)
-def test_killed_between_any_two_effects(name: str, site: Site) -> None:
-    case = CASES[name]
-    bench = Bench(site, case)
-
-    async def kill(one: Site, last: int) -> list[str]:
-        return await leave(one, last, case)
-
-    effects = run(bench.one(0, kill))
-    assert len(effects) > 20
-    for last in range(1, len(effects) + 1):
-        try:
-            run(bench.one(last, kill))
-        except BaseException as error:
-            error.add_note(f"killed at {last}: {effects[last - 1]}")
-            raise
-
-
+ENUMERATION_SECONDS = 600.0
 KILLS = 5
 """Processes that are killed in each case, spread over its effects."""
 
 
-@pytest.mark.parametrize("name", ["demote", "delete", "undo", "abandon"])
+@pytest.fixture
+def site(schema: str, memory_path: Path) -> Site:
+    return site_of(memory_path, schema, lease_reports=False)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.campaign) for name in RARE)])
+def test_killed_between_any_two_effects(name: str, site: Site) -> None:
+    bench = Bench(site, CASES[name])
+    effects = run(bench.one(0, watched))
+    assert len(effects) > 20
+    run(bench.each(range(1, len(effects) + 1), effects), ENUMERATION_SECONDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_process_that_is_killed(name: str, site: Site) -> None:
     """The same with the real thing, at some of the effects."""
-    case = CASES[name]
-    bench = Bench(site, case)
-    count = len(run(bench.one(0, lambda one, last: leave(one, last, case))))
+    bench = Bench(site, CASES[name])
+    count = len(run(bench.one(0, leave)))
 
-    async def kill(one: Site, last: int) -> list[str]:
-        words = [str(one.root), one.dsn, one.model_id, name, str(last)]
+    async def kill(one: Bench, model: Site, last: int) -> list[str]:
+        words = [str(model.root), model.dsn, model.model_id, name, str(last)]
         child = [sys.executable, "-m", "tests.controller.move_child", *words]
         process = await asyncio.create_subprocess_exec(*child, env=environment({}), cwd=REPOSITORY)
         assert await process.wait() == -signal.SIGKILL

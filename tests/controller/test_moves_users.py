@@ -6,107 +6,18 @@ They work through the overlay's own code on another node; only the kernel is mis
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.controller.fate import Fate
 from tests.controller.moving import Site, site_of
+from tests.controller.users import NAME, OTHER, User
 from tests.servers import run
-from tierd.node.cold_source import Cold, ColdSource
-from tierd.node.sources import Changes, Moved, Ref
-from tierd.recall import fetch_from, recall
-from tierd.stubs import Origin
 
-NAME = b"weights.bin"
-OTHER = b"weights.old"
 BYTES = {"weights.bin": os.urandom(3_000), "z.safetensors": os.urandom(2_000), "a.safetensors": os.urandom(2_000)}
-TRIES_MAX = 10
-
-
-@dataclass
-class User:
-    """Somebody who works on the model through an overlay of their own."""
-
-    site: Site
-
-    @contextmanager
-    def _source(self) -> Iterator[tuple[ColdSource, int]]:
-        source = ColdSource(self.site.source)
-        fd = os.open(self.site.model, os.O_RDONLY)
-        try:
-            yield source, fd
-        finally:
-            os.close(fd)
-            source.close()
-
-    def unlink(self) -> None:
-        with self._source() as (source, fd):
-            source.unlink(fd, NAME)
-
-    def rename(self) -> None:
-        with self._source() as (source, fd):
-            source.rename(fd, NAME, fd, OTHER, 0)
-
-    def replace(self) -> None:
-        (self.site.model / "new").write_bytes(b"new")
-        with self._source() as (source, fd):
-            source.rename(fd, b"new", fd, NAME, 0)
-
-    def chmod(self) -> None:
-        with self._source() as (source, fd):
-            ref = Ref(fd, NAME, source.key(source.lstat(fd, NAME)))
-            source.setattr(ref, Changes(mode=0o600), None)
-
-    def append(self) -> None:
-        """As the overlay does: where the bytes are elsewhere, they come back first."""
-        with self._source() as (source, fd):
-            for _ in range(TRIES_MAX):
-                ref = Ref(fd, NAME, source.key(source.lstat(fd, NAME)))
-                try:
-                    opened, _ = source.open(ref, os.O_RDWR)
-                except Moved:
-                    continue
-                except Cold as cold:
-                    self._recall(source, cold)
-                    continue
-                os.pwrite(opened, b"+", os.fstat(opened).st_size)
-                os.close(opened)
-                return
-        raise AssertionError("it moves all the time")
-
-    def _recall(self, source: ColdSource, cold: Cold) -> None:
-        with source.path_of(cold.ref) as path:
-            recall(path, origin_of(cold), fetch_from(self.site.store, self.site.settings.bucket))
-        source.settle(cold.ref)
-
-    def read(self, name: bytes) -> bytes | None:
-        """A file through the overlay."""
-        with self._source() as (source, fd):
-            try:
-                st = source.lstat(fd, name)
-            except FileNotFoundError:
-                return None
-            try:
-                opened, _ = source.open(Ref(fd, name, source.key(st)), os.O_RDONLY)
-            except Cold as cold:
-                return self.site.fetch(origin_of(cold))
-            with open(opened, "rb") as file:
-                return file.read()
-
-    def mode(self, name: bytes) -> int:
-        with self._source() as (source, fd):
-            return source.lstat(fd, name).st_mode & 0o7777
-
-
-def origin_of(cold: Cold) -> Origin:
-    assert cold.stub.origin is not None
-    return cold.stub.origin
-
-
 OLD = BYTES["weights.bin"]
 DEEDS: dict[str, tuple[Callable[[User], None], bytes | None, bytes | None, int]] = {
     "unlink": (User.unlink, None, None, 0),
@@ -157,8 +68,8 @@ async def disturbed(site: Site, deed: str, last: int, ending: str) -> list[str]:
 
 
 @pytest.fixture
-def site(schema: str, tmp_path: Path) -> Site:
-    return site_of(tmp_path, schema, lease_reports=False)
+def site(schema: str, memory_path: Path) -> Site:
+    return site_of(memory_path, schema, lease_reports=False)
 
 
 @pytest.mark.parametrize("ending", ["undo", pytest.param("delete", marks=pytest.mark.campaign)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from redis import Redis as SyncRedis
 from tests.cold import freeze
 from tests.conftest import DirectoryFactory, MountFactory
 from tests.controller.house import settings_for
-from tests.controller.moving import MODEL, Site, site_of
+from tests.controller.moving import FILES, MODEL, Site, site_of
 from tests.mounts import wait_until
 from tests.servers import RedisServer, run
 from tierd.controller.db import Database
@@ -100,8 +101,52 @@ def test_within_the_grace_it_is_undone(schema: str, tmp_path: Path, client: Sync
 
 
 def test_what_is_hot_is_ignored(site: Site, client: SyncRedis, url: str) -> None:
-    run(site.execute("UPDATE model_locations SET tier = 'hot'"))
+    (site.source / "models/hot").mkdir()
+    (site.source / "models/hot/a.safetensors").write_bytes(b"x")
+    wish(client, "models/hot")
+    assert hear(site, url) == {"ignored": 1}
+    assert planned(site) == []
+
+
+def test_a_model_that_was_renamed_while_cold_is_planned_by_the_name_it_has(
+    site: Site, client: SyncRedis, url: str
+) -> None:
+    """A node asks for the name that it sees; no scan of the catalogue has seen it yet."""
+    created = run(site.value("SELECT created_at FROM model_locations"))
+    site.model.rename(site.source / "models/renamed")
+    wish(client, "models/renamed")
+    assert hear(site, url) == {"planned": 1}
+    assert planned(site) == [("promote", "models/renamed", "loaded on gpu-1")]
+    site.model_id = "models/renamed"
+    run(resume(site))
+    assert {name: (site.model / name).read_bytes() for name in FILES} == FILES
+    row = "SELECT (tier, version, created_at) FROM model_locations WHERE model_id = 'models/renamed'"
+    assert run(site.value(row)) == ("hot", 1, created), "it is as old as it was"
+
+
+@pytest.mark.parametrize("size", [b"", b"x" * 10])
+def test_a_cold_model_with_a_hot_file_is_brought(site: Site, client: SyncRedis, url: str, size: bytes) -> None:
+    """A user wrote one file anew: a scan calls the model hot then, and its other files are still far away."""
+    (site.model / "notes.txt").write_bytes(size)
+    if size:
+        run(site.execute("UPDATE model_locations SET tier = 'hot'"))  # what a scan does
     wish(client, MODEL)
+    assert hear(site, url) == {"planned": 1}
+    run(resume(site))
+    assert {name: (site.model / name).read_bytes() for name in FILES} == FILES
+
+
+async def resume(site: Site) -> None:
+    async with site.leading() as moves:
+        await moves.resume_all()
+
+
+@pytest.mark.parametrize("name", ["models", "elsewhere/m", "models/llama-7b/unet", "models/link"])
+def test_what_is_no_model_is_ignored(site: Site, client: SyncRedis, url: str, name: str) -> None:
+    """Whatever a node says: cold files that are not in a model stay where they are."""
+    shutil.copytree(site.model, site.source / "elsewhere/m", symlinks=True)
+    (site.source / "models/link").symlink_to("llama-7b")
+    wish(client, name)
     assert hear(site, url) == {"ignored": 1}
     assert planned(site) == []
 

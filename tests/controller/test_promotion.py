@@ -114,7 +114,7 @@ def test_what_is_hot_unknown_or_moving_is_refused(site: Site) -> None:
         async with site.leading() as moves:
             with pytest.raises(MoveRefused, match="is hot already"):
                 await moves.promote(MODEL, "asked for")
-            with pytest.raises(MoveRefused, match="is not in the catalogue"):
+            with pytest.raises(MoveRefused, match="is no model in the source"):
                 await moves.promote("models/other", "asked for")
             await moves.demote(MODEL, "for a test", by_hand=True)
             with pytest.raises(MoveRefused, match="is on its way"):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tests.conftest import MountFactory
-from tests.controller.house import migrated
 from tests.controller.reporting import Controller, controller_of
 from tests.mounts import OverlayMount, wait_until
 from tests.servers import RedisServer, run
@@ -34,13 +33,12 @@ def published(mount: OverlayMount) -> dict[str, Any]:
 def test_what_is_read_arrives_while_it_is_open(
     overlay_mount: MountFactory,
     source: Path,
-    database: str,
+    schema: str,
     redis_server: RedisServer,
     url: str,
     tmp_path: Path,
     cache_size: str,
 ) -> None:
-    run(migrated(database))
     password = tmp_path / "password"
     password.write_text(redis_server.password + "\n")
     bare = url.replace(f":{redis_server.password}@", "")
@@ -48,7 +46,7 @@ def test_what_is_read_arrives_while_it_is_open(
     mount = overlay_mount(source, node_name=f"node-{cache_size}", **options)
 
     async def seen() -> tuple[list[tuple[Any, ...]], set[tuple[str, str]]]:
-        async with controller_of(database, url) as controller:
+        async with controller_of(schema, url) as controller:
             await controller()
             rows = await controller.rows("SELECT model_id, tier, size_bytes FROM model_locations")
             return rows, {lease for lease in await Controller.leases(controller) if lease[0] == f"node-{cache_size}"}

@@ -7,7 +7,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tests.controller.house import connected, migrated
+from tests.controller.house import connected
 from tests.servers import run
 from tierd.controller.db import Connection
 from tierd.controller.events import purge_events
@@ -50,10 +50,9 @@ async def columns(connection: Connection, table: str) -> list[str]:
     return [row["column_name"] for row in found]
 
 
-def test_tables_have_the_columns_and_indexes_of_the_platform(database: str) -> None:
+def test_tables_have_the_columns_and_indexes_of_the_platform(schema: str) -> None:
     async def main() -> None:
-        await migrated(database)
-        async with connected(database) as connection:
+        async with connected(schema) as connection:
             for table, names in SEED_TABLES.items():
                 assert (await columns(connection, table))[: len(names.split())] == names.split()
             for table, names in STATISTICS_TABLES.items():
@@ -66,10 +65,9 @@ def test_tables_have_the_columns_and_indexes_of_the_platform(database: str) -> N
     run(main())
 
 
-def test_every_time_has_a_time_zone(database: str) -> None:
+def test_every_time_has_a_time_zone(schema: str) -> None:
     async def main() -> list[str]:
-        await migrated(database)
-        async with connected(database) as connection:
+        async with connected(schema) as connection:
             found = await connection.fetch(
                 "SELECT table_name || '.' || column_name AS name, data_type FROM information_schema.columns"
                 " WHERE table_schema = 'public' AND (data_type LIKE 'time%' OR data_type = 'date')"
@@ -80,10 +78,9 @@ def test_every_time_has_a_time_zone(database: str) -> None:
     assert run(main()) == []
 
 
-def test_defaults_promise_nothing_that_was_not_verified(database: str) -> None:
+def test_defaults_promise_nothing_that_was_not_verified(schema: str) -> None:
     async def main() -> dict[str, Any]:
-        await migrated(database)
-        async with connected(database) as connection:
+        async with connected(schema) as connection:
             output = await connection.fetchrow(
                 "INSERT INTO generated_outputs (output_id, user_id, filename, output_type)"
                 " VALUES (gen_random_uuid(), 'u', 'f', 'png') RETURNING *, created_at = now() AS new"
@@ -162,10 +159,9 @@ def test_refused(shared: str, before: str, statement: str, refusal: type[Excepti
 
 
 @pytest.fixture(scope="module")
-def shared(postgres: Any) -> Any:
+def shared(postgres: Any, migrated_template: str) -> Any:
     """One database for tests that roll back what they do."""
-    dsn = postgres.create_database()
-    run(migrated(dsn))
+    dsn = postgres.create_database(migrated_template)
     yield dsn
     postgres.drop_database(dsn)
 
@@ -199,12 +195,11 @@ def test_accepted(shared: str) -> None:
     run(main())
 
 
-def test_events_are_purged_by_count(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_are_purged_by_count(schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tierd.controller.events._ROWS_AT_ONCE", 30)
 
     async def main() -> None:
-        await migrated(database)
-        async with connected(database) as connection:
+        async with connected(schema) as connection:
             assert await purge_events(connection, 10) == 0
             await connection.execute(
                 "INSERT INTO move_events (subject, event) SELECT 'm', n::text FROM generate_series(1, 50) n"

@@ -66,3 +66,24 @@ def test_what_was_switched_once_stays(ending: str, site: Site) -> None:
     run(site.execute(OLD))
     assert run(clean_up(site)) == 0
     assert keys(site) == before
+
+
+def test_objects_that_were_there_already_stay(site: Site) -> None:
+    """The database is older than the store, or new: versions are given out again, and a stub that a user moved to
+    another model stands for one of these objects. A demotion that finds them ends, and takes nothing with it."""
+    run(demote(site))
+    moved = site.source / "models/other"
+    moved.mkdir()
+    site.model.rename(moved / "part")
+    site.make_model()
+    before = keys(site)
+
+    async def forget() -> None:
+        await site.execute("DELETE FROM moves")
+        await site.execute("UPDATE model_locations SET version = 0, tier = 'hot'")
+
+    run(forget())
+    assert run(demote(site))[1] is MoveState.ABANDONED
+    run(site.execute(OLD))
+    run(clean_up(site))
+    assert keys(site) == before

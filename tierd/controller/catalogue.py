@@ -27,15 +27,16 @@ _BATCH: Final = 1000
 _DROP_MIN: Final = 5
 """So many may vanish at once, however few there are."""
 
+# A cold model that nobody can tell the bytes of is not registered; one that was renamed is as old as it was.
 # A changed size or number of files is a use: somebody wrote it, perhaps beside the overlay. So is a return.
 _FOLD = """
 WITH given AS (
-    SELECT * FROM unnest($1::text[], $2::bigint[], $3::int[], $4::bool[], $5::int[])
-           AS g (model_id, size_bytes, files, cold, version)
+    SELECT * FROM unnest($1::text[], $2::bigint[], $3::int[], $4::bool[], $5::int[], $6::bool[], $7::text[])
+           AS g (model_id, size_bytes, files, cold, version, imported, archived_as)
 ), locked AS (
     SELECT m.model_id, m.tier, m.files, m.size_bytes, m.vanished_at, EXISTS (
         SELECT FROM moves v
-        WHERE v.subject = m.model_id AND (v.finished_at IS NULL OR v.finished_at >= $6)
+        WHERE v.subject = m.model_id AND (v.finished_at IS NULL OR v.finished_at >= $8)
     ) AS moved
     FROM model_locations m WHERE m.model_id = ANY ($1::text[]) ORDER BY m.model_id FOR UPDATE
 ), updated AS (
@@ -43,9 +44,10 @@ WITH given AS (
     SET seen_at = now(),
         vanished_at = NULL,
         version = CASE WHEN l.moved OR NOT g.cold THEN m.version ELSE greatest(m.version, g.version) END,
+        imported = m.imported OR (g.imported AND NOT l.moved),
         tier = CASE WHEN l.moved THEN m.tier
                     WHEN NOT g.cold THEN 'hot'
-                    WHEN greatest(m.version, g.version) > 0 THEN 'cold'
+                    WHEN greatest(m.version, g.version) > 0 OR m.imported OR g.imported THEN 'cold'
                     ELSE m.tier END,
         size_bytes = CASE WHEN l.moved THEN m.size_bytes ELSE g.size_bytes END,
         files = CASE WHEN l.moved THEN m.files ELSE g.files END,
@@ -57,11 +59,12 @@ WITH given AS (
     FROM given g JOIN locked l USING (model_id)
     WHERE m.model_id = g.model_id
 )
-INSERT INTO model_locations (model_id, tier, size_bytes, files, version, seen_at)
+INSERT INTO model_locations (model_id, tier, size_bytes, files, version, imported, created_at, seen_at)
 SELECT model_id, CASE WHEN cold THEN 'cold' ELSE 'hot' END, size_bytes, files, CASE WHEN cold THEN version ELSE 0 END,
-       now()
+       imported, coalesce((SELECT created_at FROM model_locations o
+                           WHERE o.model_id = given.archived_as AND given.version > 0), now()), now()
 FROM given
-WHERE (version > 0 OR NOT cold) AND NOT EXISTS (SELECT FROM locked WHERE locked.model_id = given.model_id)
+WHERE (version IS NOT NULL OR NOT cold) AND NOT EXISTS (SELECT FROM locked WHERE locked.model_id = given.model_id)
 ORDER BY model_id
 ON CONFLICT (model_id) DO UPDATE SET seen_at = now()
 RETURNING model_id
@@ -152,16 +155,23 @@ async def _fold(database: Database, models: Mapping[str, Seen], started: datetim
                     "SELECT count(*) FROM model_locations WHERE model_id = ANY ($1::text[])", names
                 )
                 new += len(names) - known
-                continue
-            seen = [models[name] for name in names]
-            columns = (
-                [one.size_bytes for one in seen],
-                [one.files for one in seen],
-                [one.cold for one in seen],
-                [one.version for one in seen],
-            )
-            new += len(await connection.fetch(_FOLD, names, *columns, started))
+            else:
+                new += await fold(connection, {name: models[name] for name in names}, started)
     return new
+
+
+async def fold(connection: Connection, models: Mapping[str, Seen], started: datetime) -> int:
+    """Tell the catalogue of a bounded number of models, as they were found since `started`; how many were new."""
+    seen = models.values()
+    columns = (
+        [one.size_bytes for one in seen],
+        [one.files for one in seen],
+        [one.cold for one in seen],
+        [one.version for one in seen],
+        [one.imported for one in seen],
+        [one.archived_as for one in seen],
+    )
+    return len(await connection.fetch(_FOLD, list(models), *columns, started))
 
 
 async def _not_there(

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from tierd.model_walk import FILES_MAX, ModelWalk
+from tierd.objects.keys import IMPORTED
 from tierd.statistics import model_id_of
 from tierd.stub_files import is_cold, read_origins
 from tierd.stubs import ORIGINS, RESERVED, STUBS, Origin
+from tierd.units import looks_like_model, model_of
 
 MODELS_MAX: Final = 100_000
 _REFUSED_NAMED: Final = 10
@@ -33,12 +36,16 @@ class _Stub(NamedTuple):
 @dataclass(slots=True)
 class Seen:
     """One model. `files` have bytes, each counted once whatever its names; `cold_files` of them have theirs in the
-    object store. `version` is the latest that one of these is of."""
+    object store. `version` is the latest that one of these is of, None if nobody knows of any; `imported`: some are of
+    objects that tierd did not write; `archived_as`: the model that the objects of `version` are called after, another
+    one if it was renamed since."""
 
     size_bytes: int = 0
     files: int = 0
     cold_files: int = 0
-    version: int = 0
+    version: int | None = None
+    imported: bool = False
+    archived_as: str = ""
 
     @property
     def cold(self) -> bool:
@@ -79,6 +86,49 @@ def scan(source: Path, roots: Sequence[bytes], *, files_max: int = FILES_MAX, mo
     found.refused = [os.fsdecode(name) for name in sorted(refused)[:_REFUSED_NAMED]]
     found.refused_total = len(refused)
     return found
+
+
+def look(source: Path, roots: Sequence[bytes], model_id: str, *, files_max: int = FILES_MAX) -> Seen | None:
+    """One model; None if no model is called so, or it has more files than are looked at. Raises OSError."""
+    base, model = os.fsencode(source), model_id.encode()
+    top = os.path.join(base, model)
+    if os.path.realpath(top) != os.path.join(os.path.realpath(base), model):
+        return None  # a link leads there: what it leads to has a name of its own
+
+    @cache
+    def is_model(directory: bytes) -> bool:
+        path = os.path.join(base, directory)
+        try:
+            return looks_like_model([*os.listdir(path), *_stubs_in(path)])
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    seen, links = Seen(), set[tuple[int, int]]()
+    for number, (path, stub) in enumerate(_files_of(top)):
+        if number >= files_max:
+            return None
+        if model_of(os.path.relpath(path, base), roots, is_model) == model:
+            _count(seen, path, stub, links)
+    return seen if seen.files else None
+
+
+def _files_of(top: bytes) -> Iterator[tuple[bytes, _Stub | None]]:
+    """Of a model: of a directory all below it, else the one file."""
+    if not os.path.isdir(top):
+        stub = _stubs_in(os.path.dirname(top)).get(os.path.basename(top))
+        if stub is not None or os.path.lexists(top):
+            yield top, stub
+        return
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for directory, below, names in os.walk(top, onerror=fail):
+        stubs = _stubs_in(directory) if RESERVED in below else {}
+        below[:] = [name for name in below if name != RESERVED]
+        for name in (*names, *stubs):
+            yield os.path.join(directory, name), stubs.get(name)
 
 
 def is_there(source: Path, model_id: str) -> bool:
@@ -123,7 +173,14 @@ def _count(seen: Seen, path: bytes, stub: _Stub | None, links: set[tuple[int, in
     seen.files += 1
     if cold:
         seen.cold_files += 1
-        seen.version = max(seen.version, origin.version if origin is not None else 0)
+        if origin is not None:
+            _note_origin(seen, origin)
+
+
+def _note_origin(seen: Seen, origin: Origin) -> None:
+    seen.imported |= origin.version == IMPORTED
+    if seen.version is None or origin.version > seen.version:
+        seen.version, seen.archived_as = origin.version, origin.model_id
 
 
 def _stubs_in(directory: bytes) -> dict[bytes, _Stub]:

@@ -74,6 +74,7 @@ class Demotion:
         found = await self._shop.run(scan, self._shop.tree, model_id)
         if not found.files:
             raise MoveRefused(f"{shown(model_id)} has no bytes in the source", hint="it is cold, or empty")
+        source = await self._shop.source()
         async with self._shop.fenced("plan") as fence:
             model = await self._refuse(fence.connection, model_id)
             move_id = await add_move(
@@ -85,7 +86,7 @@ class Demotion:
                 size_bytes=found.size_bytes,
                 by_hand=by_hand,
                 last_access=model.last_access,
-                detail={"model_version": model.version, "single": found.subject.single},
+                detail={"model_version": model.version, "single": found.subject.single, "source": source},
             )
             await add_files(fence.connection, move_id, found.files)
         return move_id
@@ -119,7 +120,10 @@ class Demotion:
             await self._shop.run(ColdCopy(self._shop, move).begin)
         except ChangedMeanwhile as error:
             return await self._returning.abandon(move, str(error))
-        return await self._shop.go_on(move)
+        async with self._shop.fenced("begin to copy", move) as fence:
+            await self._shop.note_detail(fence, move, began=True)  # what lies there from now on is ours
+            await set_state(fence.connection, self._shop.books, move, MoveState.COPYING)
+        return True
 
     # --- copying and verifying ---
 

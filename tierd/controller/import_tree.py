@@ -15,12 +15,12 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 from tierd.controller import cold_tree
-from tierd.controller.file_calls import draft_name
+from tierd.controller.file_calls import draft_name, opened_directory
 from tierd.controller.hot_tree import HotTree, joined, split, stat_of
 from tierd.controller.stubbing import DRAFTS
 from tierd.objects.keys import shown
 from tierd.stub_files import make_layer, write_origins
-from tierd.stubs import COLD_MARK, RESERVED, STUBS, Origin
+from tierd.stubs import COLD_MARK, ORIGINS, RESERVED, STUBS, Origin
 from tierd.syscalls import RENAME_NOREPLACE, renameat2
 
 _DIRECTORY_MODE: Final = 0o755
@@ -86,8 +86,10 @@ class ImportTree:
             inodes = {self._draft(fd, drafts, file): file.origin for file in files}
             self._at("announce")
             make_layer(fd)
-            with self._tree.directory(joined(path, RESERVED)) as base:
+            with self._tree.directory(joined(path, RESERVED)) as base, opened_directory(base, ORIGINS) as known:
                 write_origins(base, inodes)
+                for touched in (known, base, fd):  # no stub of which nobody knows anything after a power cut
+                    os.fsync(touched)
             with self._tree.directory(joined(path, RESERVED + b"/" + STUBS)) as layer:
                 for file in files:
                     self._at("place")

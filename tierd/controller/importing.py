@@ -58,6 +58,7 @@ class Importing:
                 f" {found.ours} are tierd's own",
                 hint="`tierd import --dry-run` lists why",
             )
+        source = await self._shop.source()
         async with self._shop.fenced("plan") as fence:
             await refuse_if_moving(fence.connection, model_id)
             await self._refuse_own(fence.connection, model_id)
@@ -71,6 +72,7 @@ class Importing:
                 by_hand=True,
                 version=IMPORTED,
                 detail={
+                    "source": source,
                     "prefix": prefix,
                     "refused": [{"key": key, "reason": why} for key, why in found.refused],
                     "refused_count": found.refused_count,

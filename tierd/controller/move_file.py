@@ -12,6 +12,14 @@ class MoveRefused(TierdError):
     """A move that must not begin, or not go on; the message says why."""
 
 
+class SourceGone(TierdError):
+    """What is mounted where the source was is not the source that a move began in: nothing may be concluded from it."""
+
+
+class NotCold(MoveRefused):
+    """Of a model that nothing is to be brought of: there is none, or it is hot."""
+
+
 class LeasesUnknown(MoveRefused):
     """What nodes hold open is not known just now."""
 

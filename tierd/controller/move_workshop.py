@@ -22,6 +22,7 @@ from tierd.controller.db import Connection, Database
 from tierd.controller.hot_scan import Subject
 from tierd.controller.hot_tree import HotTree, split
 from tierd.controller.move_books import Books, Move, hold, set_state
+from tierd.controller.move_file import SourceGone
 from tierd.controller.steps import next_state
 from tierd.controller.stubbing import At, Stubbing
 from tierd.errors import TierdError
@@ -47,6 +48,7 @@ class MoveSettings:
 
     state_dir: Path
     """For records of uploads in parts, so that they go on after a kill."""
+    models_roots: tuple[bytes, ...] = (b"models", b"hot-models")
     bucket: str = "cold-models"
     grace: float = 7 * 86_400.0
     lease_report_max_age: float = 300.0
@@ -114,14 +116,29 @@ class Workshop:
 
     @asynccontextmanager
     async def fenced(self, what: str, move: Move | None = None) -> AsyncIterator[Fence]:
-        """A transaction of the leader, and of whoever works on `move`. Raises NotLeaderError, StateChanged."""
+        """A transaction of the leader, and of whoever works on `move`: of nothing that was done where its source was
+        not mounted. Raises NotLeaderError, StateChanged, SourceGone."""
         self.at(f"begin {what}")
         async with self.books.writing() as connection:
             if move is not None:
                 await hold(connection, move)
+                await self._expect_source(move)
             yield Fence(connection, self.at)
+            if move is not None:
+                await self._expect_source(move)
             self.at(f"commit {what}")
         self.at(f"committed {what}")
+
+    async def source(self) -> str | None:
+        """What the source is called, for the detail of a move that is planned: some of it was seen there."""
+        return await self.run(self.tree.identity, make=True)
+
+    async def _expect_source(self, move: Move) -> None:
+        began_in = move.detail.get("source")
+        if began_in is not None and await self.effect(self.tree.identity) != began_in:
+            raise SourceGone(
+                f"{self.tree.root} is not the source that move {move.id} began in", hint="is the source mounted?"
+            )
 
     async def go_on(self, move: Move) -> bool:
         """The move's next state begins; True, as what steps return. Raises NotLeaderError, StateChanged."""

@@ -19,8 +19,9 @@ from tierd.controller.demotion import Demotion
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.importing import Importing
 from tierd.controller.leader import NotLeaderError
+from tierd.controller.leftovers import tell_leftovers
 from tierd.controller.move_books import Move, StateChanged, add_move, forget_files, hold, note, read_move, set_state
-from tierd.controller.move_file import MoveRefused
+from tierd.controller.move_file import MoveRefused, SourceGone
 from tierd.controller.move_workshop import MoveSettings, Workshop
 from tierd.controller.promotion import Promotions
 from tierd.controller.returning import Returning, begin_abandoning
@@ -142,7 +143,7 @@ class Moves:
                 size_bytes=move.size_bytes,
                 by_hand=True,
                 version=move.version,
-                detail={"of": move.id},
+                detail={"of": move.id, "source": move.detail.get("source")},
             )
 
     # --- work ---
@@ -172,6 +173,11 @@ class Moves:
         for move_id in await self._shop.books.unfinished():
             await self.advance(move_id)
 
+    async def look_around(self) -> list[int]:
+        """Before the first wish: moves that left something in the source and that the database does not know; their
+        numbers are not given out again. Raises NotLeaderError, DatabaseError, OSError."""
+        return await tell_leftovers(self._shop)
+
     async def clean_up(self) -> int:
         """Remove objects of demotions that were given up before they switched anything: a bounded number of demotions,
         which is returned. Raises NotLeaderError, DatabaseError, ObjectError."""
@@ -179,7 +185,8 @@ class Moves:
 
     async def _note_failure(self, move: Move, error: TierdError | OSError) -> MoveState:
         """It is tried again next time; nothing that could be tried again for ever without any use is."""
-        waits = isinstance(error, MoveRefused)  # for somebody to close a file, or for nodes to report
+        # For somebody to close a file, for nodes to report, for the source to be mounted.
+        waits = isinstance(error, MoveRefused | SourceGone)
         hint = error.hint if isinstance(error, TierdError) else ""
         log.warning("move_failing", move=move.id, model=move.subject, state=move.state, reason=str(error), hint=hint)
         books = self._shop.books

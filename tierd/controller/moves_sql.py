@@ -126,6 +126,14 @@ ON CONFLICT (model_id) DO UPDATE SET imported = true
 
 SET_HOT: Final = "UPDATE model_locations SET tier = 'hot' WHERE model_id = $1"
 
+KNOWN_MOVES: Final = "SELECT id FROM moves WHERE id = ANY ($1::bigint[])"
+
+# Numbers up to this one are not given out any more.
+SKIP_NUMBERS: Final = """
+SELECT setval(sequence, greatest($1::bigint, nextval(sequence)))
+FROM pg_get_serial_sequence('moves', 'id') AS sequence
+"""
+
 NOTE_EVENT: Final = """
 INSERT INTO move_events (move_id, subject, event, reason, detail) VALUES ($1, $2::text, $3, $4, $5::jsonb)
 """
@@ -134,11 +142,12 @@ LATEST_DEMOTION: Final = """
 SELECT id, state FROM moves WHERE subject = $1 AND kind = 'demote' ORDER BY id DESC LIMIT 1 FOR UPDATE
 """
 
-# Nothing was switched in these, so no stub stands for any of their objects. Bounded: the rest goes next time.
+# Nothing was switched in these, so no stub stands for any of their objects; and there were none when they began: a
+# database that is older than the store gives versions out again. Bounded: the rest goes next time.
 WASTED_VERSIONS: Final = """
 SELECT id, subject, version FROM moves m
 WHERE kind = 'demote' AND state IN ('abandoned', 'failed') AND version > 0
-  AND NOT (detail ? 'switched') AND NOT (detail ? 'cleaned')
+  AND detail ? 'began' AND NOT (detail ? 'switched') AND NOT (detail ? 'cleaned')
   AND finished_at < now() - $1 * interval '1 second'
   AND NOT EXISTS (SELECT FROM model_locations l WHERE l.model_id = m.subject AND l.version = m.version)
 ORDER BY id LIMIT $2

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from tierd.controller import cold_tree
+from tierd.controller import catalogue, catalogue_scan, cold_tree
 from tierd.controller import moves_sql as sql
-from tierd.controller.move_books import Move, add_move, lock_model, refuse_if_moving, set_state
-from tierd.controller.move_file import MoveRefused
+from tierd.controller.db import Connection
+from tierd.controller.move_books import Catalogued, Move, add_move, lock_model, refuse_if_moving, set_state
+from tierd.controller.move_file import NotCold
 from tierd.controller.move_workshop import Workshop
 from tierd.controller.promote import Need, Promotion
 from tierd.controller.returning import manifest_name
@@ -40,17 +41,19 @@ class Promotions:
         validate_model_id(model_id)
         async with self._shop.books.writing() as connection:  # before the model is walked
             await refuse_if_moving(connection, model_id)
+            model = await lock_model(connection, model_id)
+        if model is None or model.tier != "cold":
+            await self._look_again(model_id)
         need = await self._shop.run(self._promotion(model_id).require_space)
+        if not need.files:
+            await self._look_again(model_id)
         single = not await self._shop.run(cold_tree.is_directory, self._shop.tree, model_id.encode())
+        source = await self._shop.source()
         async with self._shop.fenced("plan") as fence:
             await refuse_if_moving(fence.connection, model_id)
-            model = await lock_model(fence.connection, model_id)
-            if model is None:
-                raise MoveRefused(
-                    f"{shown(model_id)} is not in the catalogue", hint="`tierd controller` adds what it finds"
-                )
-            if model.tier != "cold":
-                raise MoveRefused(f"{shown(model_id)} is hot already")
+            model = await _lock_known(fence.connection, model_id)
+            if model.tier != "cold" and not need.files:
+                raise NotCold(f"{shown(model_id)} is hot already")
             return await add_move(
                 fence.connection,
                 self._shop.books,
@@ -60,8 +63,20 @@ class Promotions:
                 size_bytes=need.bytes,
                 by_hand=by_hand,
                 version=model.version,
-                detail={"single": single, "files": need.files},
+                detail={"single": single, "files": need.files, "source": source},
             )
+
+    async def _look_again(self, model_id: str) -> None:
+        """What it does not know as cold may have been renamed, or have become cold, since it was last told."""
+        books = self._shop.books
+        async with books.writing() as connection:
+            started = await connection.fetchval("SELECT now()")
+        roots = self._shop.settings.models_roots
+        seen = await self._shop.run(catalogue_scan.look, self._shop.tree.root, roots, model_id)
+        if seen is None:
+            raise NotCold(f"{shown(model_id)} is no model in the source", hint="is it mistyped? is the source mounted?")
+        async with books.writing() as connection:
+            await catalogue.fold(connection, {model_id: seen}, started)
 
     def _promotion(self, model_id: str) -> Promotion:
         return Promotion(self._shop.tree, model_id, fetch_from(self._shop.store, self._shop.settings.bucket))
@@ -114,6 +129,14 @@ class Promotions:
             await fence.connection.execute(sql.SET_DONE_BYTES, move.id, move.size_bytes)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
         return True
+
+
+async def _lock_known(connection: Connection, model_id: str) -> Catalogued:
+    """Raises NotCold."""
+    model = await lock_model(connection, model_id)
+    if model is None:
+        raise NotCold(f"{shown(model_id)} is not in the catalogue", hint="nobody knows where its bytes are")
+    return model
 
 
 class _Count:

@@ -1,8 +1,9 @@
 """Hears from nodes which cold models are being loaded, and plans to bring them back. Carries nothing out.
 
-The stream in Redis holds what nodes could say, and nothing of it is believed: models are those that the catalogue has
-as cold. Best effort: what cannot be planned now is asked for again by the next load. Whatever this is killed between,
-a model is planned once, because there is one unfinished move of a model at most.
+The stream in Redis holds what nodes could say, and nothing of it is believed: a model is what is found in the source
+below a models root, by the name that it has there now. Best effort: what cannot be planned now is asked for again by
+the next load. Whatever this is killed between, a model is planned once, because there is one unfinished move of a model
+at most.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from redis.asyncio import Redis
 
 from tierd.controller.db import Database
 from tierd.controller.leader import NotLeaderError
-from tierd.controller.move_file import MoveRefused
+from tierd.controller.move_file import MoveRefused, NotCold
 from tierd.errors import DatabaseError, TierdError
 from tierd.metrics import ControllerMetrics
 from tierd.objects.keys import shown
@@ -29,14 +30,14 @@ _MODELS_AT_ONCE: Final = 32
 _AGE_MS_MAX: Final = 3_600_000
 """Who loaded a model an hour ago, while nobody heard it, has loaded it by now."""
 
-# One that failed a short while ago would only fail again, for each of its readers.
-_COLD: Final = """
-SELECT model_id FROM model_locations l
-WHERE model_id = ANY($1::text[]) AND tier = 'cold'
-  AND NOT EXISTS (SELECT FROM moves m WHERE m.subject = l.model_id AND (
+# One that failed a short while ago would only fail again, for each of its readers. First those that are known to be
+# cold; others may have been renamed while they were, or be cold in part.
+_TO_PLAN: Final = """
+SELECT model_id FROM unnest($1::text[]) AS w (model_id) LEFT JOIN model_locations l USING (model_id)
+WHERE NOT EXISTS (SELECT FROM moves m WHERE m.subject = w.model_id AND (
         m.finished_at IS NULL AND m.state <> 'in_grace'
         OR m.kind IN ('promote', 'undo') AND m.state = 'failed' AND m.finished_at > now() - interval '1 hour'))
-ORDER BY last_access DESC LIMIT $2
+ORDER BY l.tier = 'cold' DESC NULLS LAST, l.last_access DESC NULLS LAST LIMIT $2
 """
 
 
@@ -68,11 +69,11 @@ class PromoteRequests:
     async def round(self) -> bool:
         """Hear and plan; True if there is more. Raises RedisError, OSError, DatabaseError, NotLeaderError."""
         heard = await self._hear()
+        to_plan = await self._to_plan(list(heard.wanted)) if heard.wanted else []
         results = {"bad": heard.bad, "old": heard.old, "planned": 0, "refused": 0}
-        cold = await self._cold(list(heard.wanted)) if heard.wanted else []
-        results["ignored"] = len(heard.wanted) - len(cold)
-        for model in cold:
-            results["planned" if await self._plan(model, heard.wanted[model]) else "refused"] += 1
+        results["ignored"] = len(heard.wanted) - len(to_plan)
+        for model in to_plan:
+            results[await self._plan(model, heard.wanted[model])] += 1
         if heard.ids:
             await self._redis.xdel(STREAM, *heard.ids)
         self._metrics.promote_wishes_heard(results)
@@ -99,17 +100,20 @@ class PromoteRequests:
                 heard.wanted.setdefault(model, wish.node_id)
         return heard
 
-    async def _cold(self, models: list[str]) -> list[str]:
-        """Those of them that are cold, and that nobody brings."""
+    async def _to_plan(self, models: list[str]) -> list[str]:
+        """Those of them that nobody brings, as many as are looked at in one round."""
         async with self._database.connection() as connection:
-            rows: list[Any] = await connection.fetch(_COLD, models, _MODELS_AT_ONCE)
+            rows: list[Any] = await connection.fetch(_TO_PLAN, models, _MODELS_AT_ONCE)
         return [row["model_id"] for row in rows]
 
-    async def _plan(self, model: str, node: str) -> bool:
+    async def _plan(self, model: str, node: str) -> str:
+        """One of `ControllerMetrics.WISHES`."""
         try:
             move = await self._moves.promote(model, f"loaded on {node}")
         except (DatabaseError, NotLeaderError):
             raise
+        except NotCold:
+            return "ignored"
         except MoveRefused as error:
             log.info("promote_refused", model=shown(model), reason=str(error))
         except (TierdError, OSError) as error:
@@ -117,5 +121,5 @@ class PromoteRequests:
             log.warning("promote_refused", model=shown(model), reason=str(error), hint=hint)
         else:
             log.info("promote_planned", model=shown(model), node=node, move=move)
-            return True
-        return False
+            return "planned"
+        return "refused"

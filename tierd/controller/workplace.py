@@ -54,6 +54,7 @@ class Workplace:
             moves = Moves(database, tree, store, self._moves(), epoch)
             carrier = Carrier(database, moves)
             try:
+                await _look_around(moves)
                 yield Work(self.settings, database, epoch, self.source, moves, carrier, self.metrics)
             finally:
                 store.close()  # first: then what its threads do ends soon
@@ -65,11 +66,19 @@ class Workplace:
         settings = self.settings
         return MoveSettings(
             state_dir=self._state_dir,
+            models_roots=settings.models_roots_bytes,
             bucket=self._objects.models_bucket,
             grace=settings.grace,
             lease_report_max_age=settings.lease_report_max_age,
             lease_reports=settings.nodes_report,
         )
+
+
+async def _look_around(moves: Moves) -> None:
+    try:
+        await moves.look_around()
+    except OSError as error:  # moves that need the source will tell, and wait for it
+        log.warning("source_unreadable", reason=str(error), hint="is the source mounted?")
 
 
 def holder() -> str:
