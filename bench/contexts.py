@@ -151,7 +151,7 @@ async def purge(rig: Rig) -> tuple[float, int]:
             started = time.monotonic()
             await drop_month(connection, month)
         seconds = time.monotonic() - started
-        return seconds, await sweep_keys(database, month.ends)
+        return seconds, await sweep_keys(database, month.begins, month.ends)
 
 
 def memory(rig: Rig, sizes: tuple[int, ...]) -> list[tuple[int, int, int, float]]:

@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tierd import __version__, background, cli_controller, cli_keeper, client, console, log
+from tierd import __version__, background, cli_contexts, cli_controller, cli_keeper, client, console, log
 from tierd.cli_tier import add_commands
 from tierd.config import MountSettings, load
 from tierd.console import (
@@ -364,3 +364,4 @@ def opens(
 add_commands(app)
 cli_keeper.add_commands(app, mount)
 cli_controller.add_commands(app)
+cli_contexts.add_commands(app)

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from tierd.controller.migrate import Migration, State
     from tierd.controller.settings import ControllerSettings
 
-_Config = Annotated[
+Config = Annotated[
     Path | None,
     typer.Option(envvar="TIERDCTL_CONFIG", help="YAML file with the controller's settings.", show_default=False),
 ]
-_Postgres = Annotated[
+Postgres = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
@@ -46,9 +46,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 @_db.command()
-def migrate(config: _Config = None, postgres: _Postgres = None, as_json: AsJson = False) -> None:
+def migrate(config: Config = None, postgres: Postgres = None, as_json: AsJson = False) -> None:
     """Bring the schema up to date. Safe to repeat, and while others do the same."""
-    done = asyncio.run(_migrate(_settings(postgres, config)))
+    done = asyncio.run(_migrate(settings_of(postgres, config)))
     if as_json:
         print_json({"applied": [str(migration) for migration in done]})
     else:
@@ -59,9 +59,9 @@ def migrate(config: _Config = None, postgres: _Postgres = None, as_json: AsJson 
 
 
 @_db.command()
-def status(config: _Config = None, postgres: _Postgres = None, as_json: AsJson = False) -> None:
+def status(config: Config = None, postgres: Postgres = None, as_json: AsJson = False) -> None:
     """Show which migrations the database has and lacks; exit 1 if it lacks any."""
-    state = asyncio.run(_state(_settings(postgres, config)))
+    state = asyncio.run(_state(settings_of(postgres, config)))
     if as_json:
         print_json(_told(state))
     else:
@@ -75,7 +75,8 @@ def status(config: _Config = None, postgres: _Postgres = None, as_json: AsJson =
         raise DatabaseError(f"the database lacks migration {state.pending[0]}", hint="run `tierd db migrate`")
 
 
-def _settings(postgres: str | None, config: Path | None) -> ControllerSettings:
+def settings_of(postgres: str | None, config: Path | None) -> ControllerSettings:
+    """From options, environment and file. Raises UsageError, for a password among the options, too."""
     from tierd.controller.settings import PostgresUrl, load
 
     settings = load({"postgres": postgres}, os.environ, config)

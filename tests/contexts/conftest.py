@@ -10,8 +10,11 @@ from redis import Redis as SyncRedis
 
 from tests.contexts.house import House
 from tests.controller.house import migrated
+from tests.objects.conftest import new_store, rclone
 from tests.servers import PostgresServer, RedisServer, run
 from tierd.redis_options import redis_options
+
+__all__ = ["new_store", "rclone"]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 import asyncpg  # type: ignore[import-untyped]
@@ -25,11 +25,11 @@ SELECT c.relname AS name, greatest(c.reltuples, 0)::bigint AS rows, pg_total_rel
 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = 'user_contexts_archive'::regclass ORDER BY c.relname
 """
-# Keys of months that are gone lead nowhere; they are removed in the order of their index, once through it.
+# Keys of a month that is gone lead nowhere; they are removed in the order of their index, once through it.
 _SWEEP: Final = """
 WITH seen AS (
     SELECT ctid, user_id, conversation_id FROM context_archive_keys
-    WHERE archived_at < $1 AND (user_id, conversation_id) > ($2, $3)
+    WHERE archived_at >= $1 AND archived_at < $2 AND (user_id, conversation_id) > ($3, $4)
     ORDER BY user_id, conversation_id LIMIT 5000 FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM context_archive_keys k USING seen WHERE k.ctid = seen.ctid RETURNING k.user_id, k.conversation_id
@@ -79,23 +79,27 @@ async def drop_month(connection: Connection, month: Month) -> None:
     await connection.execute(f"DROP TABLE {month.table}")
 
 
-async def sweep_keys(database: Database, before: datetime) -> int:
-    """Remove the keys of months that ended by `before` and are gone, in short transactions; how many."""
+async def sweep_keys(database: Database, begins: datetime, ends: datetime) -> int:
+    """Remove the keys of a month whose table is gone, in short transactions; how many."""
     at, swept = ("", ""), 0
     while True:
         async with database.connection() as connection:
-            row = await connection.fetchrow(_SWEEP, before, *at)
+            row = await connection.fetchrow(_SWEEP, begins, ends, *at)
         if row is None:
             return swept
         at = (row[0], row[1])
         swept += row[2]
 
 
+def span(month: str) -> tuple[datetime, datetime]:
+    """When a month such as `2026-11` begins and ends, in UTC. Raises ValueError if it is none."""
+    begins = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+    return begins, begins.replace(year=begins.year + begins.month // 12, month=begins.month % 12 + 1)
+
+
 def _month(row: asyncpg.Record) -> Month | None:
     match = _NAME.fullmatch(row["name"])
     if match is None:
         return None
-    begins = datetime(int(match["year"]), int(match["month"]), 1, tzinfo=row["now"].tzinfo)
-    ends = begins.replace(year=begins.year + begins.month // 12, month=begins.month % 12 + 1)
-    name = f"{begins:%Y-%m}"
-    return Month(row["name"], name, begins, ends, row["rows"], row["size_bytes"], row["now"])
+    name = f"{match['year']}-{match['month']}"
+    return Month(row["name"], name, *span(name), row["rows"], row["size_bytes"], row["now"])

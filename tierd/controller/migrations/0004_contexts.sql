@@ -93,7 +93,7 @@ CREATE TABLE context_cache_debts (
 
 CREATE TABLE context_exports (                      -- months that are over: from the wish to export them to their end
     month       text        PRIMARY KEY CHECK (month ~ '^[0-9]{4}-[0-9]{2}$'),
-    state       text        NOT NULL CHECK (state IN ('exporting', 'verified', 'dropped')),
+    state       text        NOT NULL CHECK (state IN ('exporting', 'verified', 'dropped', 'done')),
     attempt     int         NOT NULL DEFAULT 1 CHECK (attempt > 0),  -- objects are written once: each try has its own key
     rows        bigint      CHECK (rows >= 0),
     size_bytes  bigint      CHECK (size_bytes >= 0),
