@@ -125,8 +125,8 @@ class Tiers:
             archived = await _take_archived(connection, whose)
             version = warm or (archived.version if archived else 0)
             _expect(whose, expected, version)
-            if version:
-                await connection.execute(sql.BURY, conversation_digest(*whose), version)
+            # Even if there was none: an export may have it.
+            await connection.execute(sql.BURY, conversation_digest(*whose), version)
             await connection.execute(sql.OWE, *whose)
             return version > 0
 

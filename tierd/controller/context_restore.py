@@ -34,8 +34,8 @@ WITH given AS (
     AS g (user_id, conversation_id, messages, created_at, updated_at, archived_at, version, whose, which)
 ), allowed AS (
     SELECT * FROM given g
-    WHERE NOT EXISTS (SELECT FROM context_tombstones t WHERE t.digest = g.whose AND t.erased_at >= g.archived_at)
-    AND NOT EXISTS (SELECT FROM context_tombstones t WHERE t.digest = g.which AND t.version >= g.version)
+    WHERE NOT EXISTS (SELECT FROM context_tombstones t
+        WHERE t.digest IN (g.whose, g.which) AND t.erased_at >= g.archived_at)
 ), missing AS (
     SELECT * FROM allowed g
     WHERE NOT EXISTS (SELECT FROM user_contexts w
