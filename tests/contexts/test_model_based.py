@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
@@ -54,7 +54,7 @@ class Machine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.there: dict[tuple[str, str], tuple[list[Any], int, datetime]] = {}
         self.exports: list[tuple[str, str, dict[tuple[str, str], tuple[list[Any], int, datetime]], set[Any]]] = []
-        self.days = 0
+        self.buckets = 0
         self.run(self._begin())
 
     def run(self, call: Coroutine[Any, Any, Any]) -> Any:
@@ -137,7 +137,7 @@ class Machine(RuleBasedStateMachine):
         assert self.run(self.contexts.delete(user, name)) == ((user, name) in self.there)
         self.there.pop((user, name), None)
         for *_, rows, gone in self.exports:
-            gone |= {(user, name)} & set(rows)
+            gone.update({(user, name)} & set(rows))
 
     @rule(user=USERS)
     def delete_user(self, user: str) -> None:
@@ -148,12 +148,12 @@ class Machine(RuleBasedStateMachine):
         for key in mine:
             del self.there[key]
         for *_, rows, gone in self.exports:
-            gone |= {key for key in rows if key[0] == user}
+            gone.update(key for key in rows if key[0] == user)
 
     @rule(days=st.sampled_from([1, 20, 31, 200, 400]))
     def time_passes(self, days: int) -> None:
-        """Redis forgets; everything else grows older."""
-        self.days += days
+        """Redis forgets; everything else grows older. But exports do not, so these are forgotten, too."""
+        self.exports.clear()
         self.run(self._age(timedelta(days=days)))
         self.there = {
             key: (messages, version, created - timedelta(days=days))
@@ -169,6 +169,14 @@ class Machine(RuleBasedStateMachine):
                 await connection.execute(statement, by)
             await connection.execute("DELETE FROM context_exports WHERE state = 'done'")
 
+    @rule()
+    def a_year_passes(self) -> None:
+        """In which nobody writes, so that much of it is over."""
+        self.time_passes(31)
+        self.archive(4)
+        self.time_passes(400)
+        self.purge()
+
     @rule(batch=st.integers(1, 4))
     def archive(self, batch: int) -> None:
         """What is 30 days old."""
@@ -177,7 +185,8 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def purge(self) -> None:
         """Export what is over, then drop it."""
-        bucket = f"bucket-{len(self.exports)}"
+        self.buckets += 1
+        bucket = f"bucket-{self.buckets}"
         self.run(purge_expired_contexts(self.database, self.store, RULES, bucket=bucket))
         over = self.run(self._over())
         steps = self.run(purge_expired_contexts(self.database, self.store, RULES, bucket=bucket))
@@ -187,8 +196,7 @@ class Machine(RuleBasedStateMachine):
             if step.action == "drop":
                 rows = {key: self.there.pop(key) for key in over.get(step.month, ())}
                 self.exports.append((bucket, step.month, rows, set()))
-        if not any(step.action == "drop" for step in steps):
-            self.exports.append((bucket, "", {}, set()))
+                event("dropped")
 
     async def _over(self) -> dict[str, list[tuple[str, str]]]:
         found: dict[str, list[tuple[str, str]]] = {}
@@ -202,13 +210,13 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 100))
     def restore(self, which: int) -> None:
         """An export: what is missing, and was not deleted since."""
-        real = [export for export in self.exports if export[1]]
-        if not real:
+        if not self.exports:
             return
-        bucket, month, rows, gone = real[which % len(real)]
+        bucket, month, rows, gone = self.exports[which % len(self.exports)]
         done = self.run(restore_contexts(self.database, self.store, month, bucket=bucket))
         missing = {key for key in rows if key not in gone and key not in self.there}
         assert (done.rows, done.restored) == (len(rows), len(missing))
+        event(f"restored {min(len(missing), 1)}, deleted {min(len(gone), 1)}")
         for key in missing:
             messages, version, created = rows[key]
             self.there[key] = (messages, version, created)
