@@ -25,7 +25,7 @@ from tierd.contexts.messages import Message, decode, encode
 from tierd.contexts.names import check_id
 from tierd.contexts.settings import ContextSettings
 from tierd.contexts.templates import Templates
-from tierd.contexts.tiers import Erased, Listed, Tier, Tiers
+from tierd.contexts.tiers import Debt, Erased, Listed, Tier, Tiers
 from tierd.errors import DatabaseError
 from tierd.metrics import ContextMetrics
 from tierd.postgres import Database
@@ -162,11 +162,12 @@ class Contexts:
         """Remove a conversation from all tiers; whether there was one. Raises VersionConflict, DatabaseError."""
         _check(user_id, conversation_id, version)
         with self._metrics.timed("delete"):
-            there = await self._tiers.delete(user_id, conversation_id, version)
-            self._owed += self._cache is not None
+            there, debt = await self._tiers.delete(user_id, conversation_id, version)
             self._reads_are_old(user_id, conversation_id)
-            await self._forget(user_id, conversation_id)
-            await self._settled()
+            try:
+                await self._confirmed(debt)
+            except CacheAway:
+                self._owed += 1
         return there
 
     async def delete_user(self, user_id: str) -> Erased:
@@ -176,19 +177,15 @@ class Contexts:
         """
         check_id("user ID", user_id)
         with self._metrics.timed("delete_user"):
-            erased = await self._tiers.erase(user_id)
-            if self._cache is None:
-                return erased
-            self._owed += 1
+            erased, debt = await self._tiers.erase(user_id)
             try:
-                entries = await self._cache.forget_user(user_id)
+                return replace(erased, redis=await self._confirmed(debt))
             except CacheAway as away:
+                self._owed += 1
                 raise NotConfirmed(
                     f"user {user_id!r} is erased in the database, Redis has not confirmed it: {away}",
                     hint="repeat it when Redis is back",
                 ) from away
-            await self._settled()
-        return replace(erased, redis=entries)
 
     # --- Redis ---
 
@@ -231,10 +228,7 @@ class Contexts:
         try:
             while debts := await self._tiers.debts():
                 for debt in debts:
-                    if debt.conversation_id:
-                        await self._cache.forget(debt.user_id, debt.conversation_id)
-                    else:
-                        await self._cache.forget_user(debt.user_id)
+                    await self._told_of(debt)
                 await self._tiers.paid(debts)
             await self._cache.trust(self._settings.trust)
         except CacheAway:
@@ -242,6 +236,18 @@ class Contexts:
             return False
         self._paid = max(self._paid, owed)  # what was owed since then may not have been among these
         return True
+
+    async def _confirmed(self, debt: Debt) -> int:
+        """Pay a debt; how many entries went. Raises CacheAway: then it stays."""
+        removed = await self._told_of(debt) if self._cache is not None else 0
+        await self._tiers.paid([debt])
+        return removed
+
+    async def _told_of(self, debt: Debt) -> int:
+        assert self._cache is not None
+        if debt.conversation_id:
+            return await self._cache.forget(debt.user_id, debt.conversation_id)
+        return await self._cache.forget_user(debt.user_id)
 
     @property
     def _owes(self) -> bool:

@@ -71,6 +71,7 @@ SELECT count(*), coalesce(max(version), 0) FROM gone
 ERASE_TEMPLATES: Final = """
 WITH gone AS (DELETE FROM prompt_templates WHERE user_id = $1 RETURNING 1) SELECT count(*) FROM gone
 """
+ERASE_DEBTS: Final = "DELETE FROM context_cache_debts WHERE user_id = $1"
 
 # $2, $3: the last entry of the page before, or NULL.
 LIST: Final = """
@@ -89,7 +90,7 @@ ORDER BY updated_at DESC, conversation_id DESC LIMIT $4
 
 OWE: Final = """
 INSERT INTO context_cache_debts (user_id, conversation_id) VALUES ($1, $2)
-ON CONFLICT (user_id, conversation_id) DO UPDATE SET id = DEFAULT
+ON CONFLICT (user_id, conversation_id) DO UPDATE SET id = DEFAULT RETURNING id
 """
 OWED: Final = "SELECT id, user_id, conversation_id FROM context_cache_debts ORDER BY id LIMIT $1"
 PAID: Final = "DELETE FROM context_cache_debts WHERE id = ANY($1::bigint[])"

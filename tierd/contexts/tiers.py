@@ -115,7 +115,7 @@ class Tiers:
 
         return await self._change(whose, joined, expected, owed)
 
-    async def delete(self, user_id: str, conversation_id: str, expected: int | None) -> bool:
+    async def delete(self, user_id: str, conversation_id: str, expected: int | None) -> tuple[bool, Debt]:
         """Remove a conversation, bury it, and owe Redis the news; whether there was one. Raises VersionConflict."""
         whose = _Whose(user_id, conversation_id)
         async with self._database.transaction() as connection:
@@ -127,11 +127,10 @@ class Tiers:
             _expect(whose, expected, version)
             # Even if there was none: an export may have it.
             await connection.execute(sql.BURY, conversation_digest(*whose), version)
-            await connection.execute(sql.OWE, *whose)
-            return version > 0
+            return version > 0, Debt(await connection.fetchval(sql.OWE, *whose), *whose)
 
-    async def erase(self, user_id: str) -> Erased:
-        """Remove everything of a user, bury that, and owe Redis the news."""
+    async def erase(self, user_id: str) -> tuple[Erased, Debt]:
+        """Remove everything of a user, bury that, and owe Redis the news: one debt, instead of any others."""
         async with self._database.transaction() as connection:
             await connection.execute(sql.LOCK_USER, user_id)
             warm, newest_warm = await connection.fetchrow(sql.ERASE_WARM, user_id)
@@ -139,8 +138,9 @@ class Tiers:
             archived, newest_archived = await connection.fetchrow(sql.ERASE_ARCHIVED, user_id)
             templates = await connection.fetchval(sql.ERASE_TEMPLATES, user_id)
             await connection.execute(sql.BURY, user_digest(user_id), max(newest_warm, newest_archived))
-            await connection.execute(sql.OWE, user_id, "")
-        return Erased(redis=0, warm=warm, archive=archived, templates=templates)
+            await connection.execute(sql.ERASE_DEBTS, user_id)
+            debt = Debt(await connection.fetchval(sql.OWE, user_id, ""), user_id, "")
+        return Erased(redis=0, warm=warm, archive=archived, templates=templates), debt
 
     async def page(self, user_id: str, limit: int, after: Listed | None) -> list[Listed]:
         """A page of a user's conversations, the latest first."""
