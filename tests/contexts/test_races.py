@@ -16,6 +16,10 @@ from tierd.contexts.flights import Flights
 from tierd.postgres import connected
 
 WAITS = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"
+HOLD = """
+CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS
+$$ begin PERFORM pg_advisory_xact_lock_shared(42); RETURN NEW; end $$
+"""
 CALLS: dict[str, Callable[[Contexts], Awaitable[Any]]] = {
     "save": lambda contexts: contexts.save("u", "c", MORE, version=1),
     "append": lambda contexts: contexts.append("u", "c", MORE),
@@ -47,16 +51,18 @@ def test_what_is_archived_just_now(house: House, call: str) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_what_is_promoted_just_now(house: House, call: str) -> None:
-    """The reader took it from the archive, and has not committed yet."""
+    """The reader took it from the archive, and has not put it where it belongs yet."""
 
     async def scene(contexts: Contexts) -> None:
         await contexts.save("u", "c", HELLO, version=0)
         await house.archive()
         assert house.client is not None
         house.client.flushall()
+        await house.sql(HOLD)
+        await house.sql("CREATE TRIGGER hold BEFORE INSERT ON user_contexts FOR EACH ROW EXECUTE FUNCTION hold()")
         async with connected(house.settings()) as holder, connected(house.settings()) as watcher:
-            async with holder.transaction():  # so that the promotion stops after the first of its deletes
-                await holder.execute("LOCK TABLE user_contexts IN SHARE MODE")
+            async with holder.transaction():
+                await holder.execute("SELECT pg_advisory_xact_lock(42)")
                 reader = asyncio.create_task(contexts.get("u", "c"))
                 await until(watcher, WAITS)
                 other = asyncio.create_task(CALLS[call](contexts))  # type: ignore[arg-type]
@@ -98,6 +104,65 @@ def test_nobody_joins_a_read_that_began_before_a_write(any_house: House) -> None
         assert found.messages == MORE
 
     any_house.play(scene)
+
+
+def test_nobody_trusts_a_look_that_began_before_a_write(house: House) -> None:
+    """A reader looks what is owed; then this process owes something; a second reader joins the first one's look."""
+
+    async def scene(contexts: Contexts) -> None:
+        await contexts.save("u", "c", HELLO, version=0)
+        assert house.client is not None
+        assert contexts._cache is not None
+        house.client.delete("context-trust")
+        debts, entered, go_on = contexts._tiers.debts, asyncio.Event(), asyncio.Event()
+
+        async def slow() -> Any:
+            contexts._tiers.debts = debts  # type: ignore[method-assign]
+            found = await debts()
+            entered.set()
+            await go_on.wait()
+            return found
+
+        contexts._tiers.debts = slow  # type: ignore[method-assign]
+        first = asyncio.create_task(contexts.get("u", "c"))
+        await entered.wait()
+        contexts._cache.circuit.failed()
+        await contexts.save("u", "c", MORE, version=1)
+        contexts._cache.circuit.succeeded()
+        second = asyncio.create_task(contexts.get("u", "c"))
+        while contexts._settling._flying[None][1] != [2]:  # noqa: ASYNC110 (nobody is told of it)
+            await asyncio.sleep(0)
+        go_on.set()
+        await first
+        found = await second
+        assert found is not None
+        assert found.messages == MORE
+
+    house.play(scene)
+
+
+def test_nobody_joins_a_read_of_somebody_who_was_erased(house: House) -> None:
+    async def main() -> None:
+        async with House(house.dsn, house.postgres, None, None).contexts() as contexts:
+            await contexts.save("u", "c", HELLO, version=0)
+            read, entered, go_on = contexts._tiers.read, asyncio.Event(), asyncio.Event()
+
+            async def slow(*names: str) -> Any:
+                found = await read(*names)
+                entered.set()
+                await go_on.wait()
+                return found
+
+            contexts._tiers.read = slow  # type: ignore[method-assign]
+            early = asyncio.create_task(contexts.get("u", "c"))
+            await entered.wait()
+            contexts._tiers.read = read  # type: ignore[method-assign]
+            await contexts.delete_user("u")
+            assert await contexts.get("u", "c") is None
+            go_on.set()
+            await early
+
+    run(main())
 
 
 def test_a_write_that_was_killed_after_its_commit(house: House) -> None:

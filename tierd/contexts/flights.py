@@ -36,6 +36,10 @@ class Flights(Generic[_Key, _Value]):
         """Who comes from now on starts a call of their own: what the one under way finds may be older."""
         self._flying.pop(key, None)
 
+    def forget_all(self) -> None:
+        """The same for every key."""
+        self._flying.clear()
+
     def _land(self, key: _Key, task: asyncio.Task[_Value]) -> None:
         if key in self._flying and self._flying[key][0] is task:
             del self._flying[key]

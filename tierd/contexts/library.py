@@ -178,6 +178,7 @@ class Contexts:
         check_id("user ID", user_id)
         with self._metrics.timed("delete_user"):
             erased, debt = await self._tiers.erase(user_id)
+            self._reads.forget_all()
             try:
                 return replace(erased, redis=await self._confirmed(debt))
             except CacheAway as away:
@@ -211,7 +212,7 @@ class Contexts:
             return True
         try:
             async with asyncio.timeout(_SETTLE_SECONDS):
-                return await self._settled()
+                return await self._settled() and not self._owes  # since then, if that had begun before
         except (DatabaseError, TimeoutError):
             # The database is away: then nobody writes, and sessions shall go on.
             self._unasked_until_s = self._clock() + self._settings.trust
