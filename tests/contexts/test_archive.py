@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -79,6 +80,33 @@ def test_what_others_hold_is_left_and_blocks_nobody(house: House) -> None:
             assert (await archive_old_contexts(database)).moved == 2
         assert await archived(house) == before
 
+    run(main())
+
+
+def test_what_others_let_go_of_meanwhile_is_moved_too(house: House) -> None:
+    """The oldest row of all, which the job has long gone past."""
+    held, let_go = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        async with connected(house.settings()) as other, other.transaction():
+            await other.fetch("SELECT FROM user_contexts WHERE conversation_id = 'c20' FOR UPDATE")
+            held.set()
+            let_go.wait()
+
+    def told(progress: ArchiveProgress) -> None:
+        if progress.batches == 2:
+            let_go.set()
+            holder.join()
+
+    async def main() -> None:
+        await fill(house, 20)
+        holder.start()
+        await asyncio.to_thread(held.wait)
+        async with house.database() as database:
+            done = await archive_old_contexts(database, workers=1, batch_rows_max=5, progress=told)
+        assert done.moved == 20
+
+    holder = threading.Thread(target=lambda: run(hold()))
     run(main())
 
 
