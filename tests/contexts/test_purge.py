@@ -297,6 +297,42 @@ def test_killed_anywhere(
     run(main())
 
 
+@pytest.mark.parametrize("fault", ["a line is missing", "a byte turned"])
+def test_an_export_that_cannot_be_read_back_is_none(
+    house: House, directory: tuple[ObjectStore, Beneath], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, beneath = directory
+    pages, put_file = files.pages, store.put_file
+
+    def fewer(path: Path, count: int) -> Any:
+        return ([*page[:-1]] for page in pages(path, count))
+
+    def damaging(bucket: str, key: str, *rest: Any) -> Any:
+        done = put_file(bucket, key, *rest)
+        content = bytearray(beneath.get(bucket, key))
+        content[len(content) // 2] ^= 1
+        beneath.put(bucket, key, bytes(content))
+        return done
+
+    async def main() -> None:
+        (old,) = await fill(house, {500: 12})
+        with monkeypatch.context() as patch:
+            if fault == "a line is missing":
+                patch.setattr(files, "pages", fewer)
+            else:
+                patch.setattr(store, "put_file", damaging)
+            with pytest.raises(TierdError):
+                await purge(house, store)
+        assert await house.sql("SELECT state FROM context_exports") == [("exporting",)]
+        assert files.latest_attempt(store, BUCKET, old) is None, "it has no manifest"
+        for action in ("export", "drop"):
+            assert [step.action for step in await purge(house, store)] == [action]
+        assert files.latest_attempt(store, BUCKET, old) == 2
+        assert (await restore(house, store, old)).restored == 12
+
+    run(main())
+
+
 def test_who_no_longer_leads_drops_nothing(house: House, directory: tuple[ObjectStore, Beneath]) -> None:
     store, _ = directory
 
