@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
@@ -91,15 +92,12 @@ async def restore_contexts(
     manifest = await asyncio.to_thread(files.read_manifest, store, bucket, month, attempt)
     await make_months(database)
     done = Restored(0, 0, 0, 0)
-    fetching = files.fetched(store, bucket, manifest)
-    path = await asyncio.to_thread(fetching.__enter__)
-    try:
+    with ExitStack() as stack:
+        path = await asyncio.to_thread(stack.enter_context, files.fetched(store, bucket, manifest))
         reading = files.pages(path, _ROWS)
         while page := await asyncio.to_thread(next, reading, None):
             done = _sum(done, await _restore(database, page))
             progress(done)
-    finally:
-        await asyncio.to_thread(fetching.__exit__, None, None, None)
     if done.rows != manifest.rows:
         raise files.ExportDamaged(f"{month} has {done.rows} lines and not {manifest.rows}", hint="try another attempt")
     if metrics is not None:
