@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from tierd.postgres import Connection, Database, connected
 
 HELLO = [{"role": "user", "content": '안녕 \\u0000 "x" 🙂', "n": [1, 2.5, None, True, {"a": {}}]}]
 MORE = [{"role": "assistant", "content": "hello"}]
+KEY = "context:u:c"
+"""Where `c` of `u` is in Redis."""
 _PATIENCE_S = 30.0
 """For a busy machine; nothing here waits for it to pass."""
 
@@ -89,3 +92,34 @@ def tier_of(found: Any) -> Tier:
     assert found is not None
     tier: Tier = found.tier
     return tier
+
+
+def client_of(house: House) -> Any:
+    """Past the library."""
+    assert house.client is not None
+    return house.client
+
+
+class Held:
+    """What a reader or writer puts into Redis is held up from `entered` to `go_on`."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+
+@asynccontextmanager
+async def slowly(contexts: Contexts) -> AsyncIterator[Held]:
+    """One who has asked the database, and is about to tell Redis."""
+    cache = contexts._cache
+    assert cache is not None
+    put, held = cache.put, Held()
+
+    async def slow(*args: Any, **options: Any) -> bool:
+        held.entered.set()
+        await held.go_on.wait()
+        return await put(*args, **options)
+
+    cache.put = slow  # type: ignore[method-assign]
+    yield held
+    cache.put = put  # type: ignore[method-assign]
