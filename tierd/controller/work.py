@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierd.controller.carrier import Carrier
-from tierd.controller.db import Database
 from tierd.controller.moves import Moves
 from tierd.controller.settings import ControllerSettings
 from tierd.metrics import ControllerMetrics
+from tierd.postgres import Database
 
 
 @dataclass(frozen=True)

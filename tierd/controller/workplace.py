@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 
 from tierd.controller import job_runs
 from tierd.controller.carrier import Carrier
-from tierd.controller.db import Database
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.job_names import JOB_HELP
 from tierd.controller.move_workshop import MoveSettings
@@ -24,6 +23,7 @@ from tierd.controller.work import Work
 from tierd.errors import UsageError
 from tierd.metrics import ControllerMetrics
 from tierd.objects.settings import describe, open_store
+from tierd.postgres import Database
 
 log = structlog.get_logger(__name__)
 

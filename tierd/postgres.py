@@ -16,8 +16,8 @@ from typing import Any, Protocol, Self
 
 import asyncpg  # type: ignore[import-untyped]
 
-from tierd.controller.settings import ControllerSettings, PostgresAddress
 from tierd.errors import DatabaseError
+from tierd.postgres_settings import PostgresAddress, PostgresSettings
 
 _ANSWER_GRACE_SECONDS = 5.0
 """How much longer than the server the client waits: the server's own error says more."""
@@ -64,7 +64,7 @@ class Database:
     database is away, asking for a connection and each statement raise DatabaseError; the pool connects again by itself.
     """
 
-    def __init__(self, settings: ControllerSettings) -> None:
+    def __init__(self, settings: PostgresSettings) -> None:
         self.address = settings.database()
         self._settings = settings
         self._pool: Any = None
@@ -117,7 +117,7 @@ class Database:
 
 
 @asynccontextmanager
-async def connected(settings: ControllerSettings) -> AsyncIterator[Connection]:
+async def connected(settings: PostgresSettings) -> AsyncIterator[Connection]:
     """A connection outside of the pool: for what belongs to a session, such as advisory locks. Raises DatabaseError."""
     address = settings.database()
     with _translated(address, "cannot connect to"):
@@ -193,7 +193,7 @@ def _connection_class(address: PostgresAddress) -> type[Connection]:
     return Translating
 
 
-def _options(settings: ControllerSettings, address: PostgresAddress) -> dict[str, Any]:
+def _options(settings: PostgresSettings, address: PostgresAddress) -> dict[str, Any]:
     return {
         "host": address.host,
         "port": address.port,
