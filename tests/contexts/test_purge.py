@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
 
 from tests.contexts.house import House
+from tests.controller.controllers import until
 from tests.objects.servers import Beneath
 from tests.servers import run
 from tierd.contexts import Contexts
 from tierd.controller import context_files as files
 from tierd.controller.context_archive import archive_old_contexts
-from tierd.controller.context_months import months
+from tierd.controller.context_months import months, span
 from tierd.controller.context_purge import PurgeRefused, PurgeRules, Step, purge_expired_contexts
 from tierd.controller.context_restore import Restored, restore_contexts
 from tierd.controller.leader import NotLeaderError
@@ -195,7 +198,7 @@ def test_without_a_store_nothing_is_dropped(house: House) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("damage", ["lines changed", "lines gone", "manifest gone", "manifest changed", "rows more"])
+@pytest.mark.parametrize("damage", ["lines changed", "lines gone", "manifest gone", "manifest changed", "seal broken"])
 def test_an_export_that_is_not_as_it_was_verified(
     house: House, directory: tuple[ObjectStore, Beneath], damage: str
 ) -> None:
@@ -215,22 +218,112 @@ def test_an_export_that_is_not_as_it_was_verified(
         elif damage == "manifest changed":
             beneath.put(BUCKET, manifest, beneath.get(BUCKET, manifest).replace(b'"rows": 12', b'"rows": 13'))
         else:
-            at = (await house.sql("SELECT min(archived_at) FROM user_contexts_archive"))[0][0]
-            await house.sql(
-                "INSERT INTO user_contexts_archive (user_id, conversation_id, messages, created_at, archived_at)"
-                " VALUES ('late', 'c', '[]', now(), $1)",
-                at,
-            )
+            await house.sql(f"ALTER TABLE {table_of(old)} DROP CONSTRAINT tierd_exported")
+            await write_into(house, old)
         with pytest.raises(TierdError) as caught:
             await purge(house, store)
         assert caught.value.hint
         assert len(await rows(house)) >= 12, "nothing is dropped"
         assert (await house.sql("SELECT state FROM context_exports")) == [("verified",)]
-        if damage != "rows more":
+        if damage == "seal broken":
+            await house.sql("UPDATE context_exports SET state = 'exporting'")  # as the hint says
+            for expected in ("export", "drop"):
+                assert [step.action for step in await purge(house, store)] == [expected]
+            assert (await restore(house, store, old)).restored == 13
+        else:
             before = await rows(house)
             with pytest.raises((TierdError, UsageError)):
                 await restore(house, store, old)
             assert await rows(house) == before
+
+    run(main())
+
+
+def table_of(month: str) -> str:
+    return f"user_contexts_archive_{month.replace('-', 'm')}"
+
+
+async def write_into(house: House, month: str) -> None:
+    """Somebody whose clock, or whose SQL, is wrong."""
+    await house.sql(
+        "INSERT INTO user_contexts_archive (user_id, conversation_id, messages, created_at, archived_at)"
+        " VALUES ('late', 'c', '[]', now(), $1)",
+        span(month)[0],
+    )
+
+
+def test_what_is_exported_takes_no_more_rows_and_lets_them_go(
+    house: House, directory: tuple[ObjectStore, Beneath]
+) -> None:
+    """So what was exported is all there is at the drop, and nobody need count."""
+    store, _ = directory
+
+    async def scene(contexts: Contexts) -> None:
+        (old,) = await fill(house, {500: 12})
+        await write_into(house, old)
+        assert [step.action for step in await purge(house, store)] == ["export"]
+        with pytest.raises(asyncpg.CheckViolationError):
+            await write_into(house, old)
+        name = (await contexts.list("u1"))[0].conversation_id
+        assert await contexts.get("u1", name) is not None, "promoted"
+        assert await contexts.delete("u2", (await contexts.list("u2"))[0].conversation_id)
+        assert (await contexts.delete_user("u3")).archive > 0
+        assert [step.action for step in await purge(house, store)] == ["drop"]
+        assert (await house.sql("SELECT rows FROM context_exports")) == [(13,)]
+        assert (await contexts.list("u1"))[0].tier == "warm"
+
+    house.play(scene)
+
+
+def test_who_is_writing_into_a_month_is_waited_for_before_it_is_read(
+    house: House, directory: tuple[ObjectStore, Beneath]
+) -> None:
+    store, _ = directory
+
+    async def main() -> None:
+        (old,) = await fill(house, {500: 3})
+        async with house.database() as database:
+            async with database.transaction() as writer:
+                await writer.execute(
+                    "INSERT INTO user_contexts_archive (user_id, conversation_id, messages, created_at, archived_at)"
+                    " VALUES ('slow', 'c', '[]', now(), $1)",
+                    span(old)[0],
+                )
+                task = asyncio.create_task(purge(house, store))
+                await waiting_for_a_lock(house)
+            await task
+        assert await house.sql("SELECT rows FROM context_exports") == [(4,)]
+
+    run(main())
+
+
+async def waiting_for_a_lock(house: House) -> None:
+    """Until somebody does."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    await asyncio.to_thread(until, lambda: run(house.sql(query))[0][0])
+
+
+def test_a_drop_leaves_no_bloat(house: House) -> None:
+    """The other months are not touched; the keys' dead rows are what vacuum needs one round for."""
+
+    async def main() -> None:
+        old, young = await fill(house, {500: 6000, 30: 500})
+        await house.sql("CREATE EXTENSION pgstattuple")
+        await purge(house, None, replace(NOW, export=False))
+        tables = "SELECT relname FROM pg_class WHERE relname LIKE 'user_contexts_archive_2%' AND relkind = 'r'"
+        assert [name for (name,) in await house.sql(tables)] == [table_of(young)]
+        assert await house.sql("SELECT dead_tuple_count FROM pgstattuple($1::text::regclass)", table_of(young)) == [
+            (0,)
+        ]
+        assert await house.sql("SELECT to_regclass($1::text) IS NULL", table_of(old)) == [(True,)]
+        size = "SELECT pg_relation_size('context_archive_keys')"
+        before = await house.sql(size)
+        await house.sql("VACUUM context_archive_keys")
+        assert await house.sql("SELECT dead_tuple_count FROM pgstattuple('context_archive_keys')") == [(0,)]
+        await house.sql(
+            "INSERT INTO context_archive_keys SELECT 'u' || n % 5, 'new' || n, now() FROM generate_series(1, 5500) n"
+        )
+        assert await house.sql(size) == before, "the next month's keys fill the room of the old one's"
 
     run(main())
 

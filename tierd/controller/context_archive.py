@@ -78,12 +78,16 @@ WITH named AS (SELECT * FROM unnest($1::text[], $2::text[]) AS n (user_id, conve
 )
 SELECT (SELECT count(*) FROM gone) AS gone, (SELECT count(*) FROM kept) AS kept
 """
-_DUE: Final = "SELECT count(*) FROM user_contexts WHERE updated_at < now() - $1::interval"
+DUE_MAX: Final = 1_000_000
+"""What is due is counted as far as this: a backlog of years would take longer to count than a statement may."""
+_DUE: Final = """
+SELECT count(*) FROM (SELECT FROM user_contexts WHERE updated_at < now() - $1::interval LIMIT $2) due
+"""
 
 
 @dataclass(frozen=True)
 class ArchiveProgress:
-    """How far the job is. `due` was counted at its start."""
+    """How far the job is. `due` was counted at its start, up to DUE_MAX."""
 
     due: int
     moved: int = 0
@@ -120,8 +124,7 @@ async def archive_old_contexts(
     """
     await make_months(database, tablespace=tablespace)
     age = timedelta(days=days)
-    async with database.connection() as connection:
-        due: int = await connection.fetchval(_DUE, age)
+    due = await count_due(database, days)
     job = _Job(database, age, epoch, progress, metrics, pause, batch_rows_max, ArchiveProgress(due))
     progress(job.done)
     try:
@@ -131,6 +134,13 @@ async def archive_old_contexts(
     except* DatabaseError as errors:
         raise _first(errors) from None
     return job.done
+
+
+async def count_due(database: Database, days: float) -> int:
+    """How many conversations the job would move now, DUE_MAX at most. Raises DatabaseError."""
+    async with database.connection() as connection:
+        due: int = await connection.fetchval(_DUE, timedelta(days=days), DUE_MAX)
+    return due
 
 
 def _first(errors: BaseExceptionGroup[Any]) -> BaseException:

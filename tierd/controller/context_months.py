@@ -25,6 +25,10 @@ SELECT c.relname AS name, greatest(c.reltuples, 0)::bigint AS rows, pg_total_rel
 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = 'user_contexts_archive'::regclass ORDER BY c.relname
 """
+_SEAL: Final = "tierd_exported"
+_SEALED: Final = """
+SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = $1::text::regclass AND conname = $2 AND contype = 'c')
+"""
 # Keys of a month that is gone lead nowhere; they are removed in the order of their index, once through it.
 _SWEEP: Final = """
 WITH seen AS (
@@ -68,15 +72,45 @@ async def months(connection: Connection) -> list[Month]:
     return [made for row in await connection.fetch(_MONTHS) if (made := _month(row)) is not None]
 
 
+async def seal_month(connection: Connection, month: Month) -> None:
+    """In a transaction of the caller's: from its end on PostgreSQL refuses each row that anybody writes into the month.
+
+    What is there can be read and removed. Whoever wrote before is waited for, so what is read later is all there ever
+    will be. In no time that depends on the rows: NOT VALID does not look at them. Raises as `drop_month` does.
+    """
+    await _locked_soon(connection, month)
+    await connection.execute(
+        f"ALTER TABLE {month.table} DROP CONSTRAINT IF EXISTS {_SEAL};"
+        f" ALTER TABLE {month.table} ADD CONSTRAINT {_SEAL} CHECK (false) NOT VALID"
+    )
+
+
+async def is_sealed(connection: Connection, month: Month) -> bool:
+    """In a transaction of the caller's: whether `seal_month` holds, which it then does until the end.
+
+    Raises as `drop_month` does.
+    """
+    await _locked_soon(connection, month)
+    await connection.execute(f"LOCK TABLE {month.table} IN ACCESS EXCLUSIVE MODE")
+    sealed: bool = await connection.fetchval(_SEALED, month.table, _SEAL)
+    return sealed
+
+
 async def drop_month(connection: Connection, month: Month) -> None:
     """In a transaction of the caller's: the table is gone, in no time that depends on what is in it.
 
-    Nobody reads the archive at that moment. Raises asyncpg.LockNotAvailableError if somebody reads it for long.
+    Nobody reads the archive at that moment. PostgreSQL gives back the files after it has let go of all locks. Raises
+    asyncpg.LockNotAvailableError if somebody reads it for long.
     """
+    await _locked_soon(connection, month)
+    await connection.execute(f"DROP TABLE {month.table}")
+
+
+async def _locked_soon(connection: Connection, month: Month) -> None:
+    """Who waits for a lock makes all others wait behind him."""
     assert connection.is_in_transaction()
     assert _NAME.fullmatch(month.table), month.table
     await connection.execute("SET LOCAL lock_timeout = '2s'")
-    await connection.execute(f"DROP TABLE {month.table}")
 
 
 async def sweep_keys(database: Database, begins: datetime, ends: datetime) -> int:

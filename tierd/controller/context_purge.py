@@ -2,7 +2,8 @@
 
 What is dropped is a whole table, so it takes no time and leaves nothing to clean; keys that led there are removed after
 it. Each step is written down before the next, so it can be killed anywhere and goes on from there. A month is dropped
-only if its export is there as it was verified, and the month holds nothing that was not exported.
+only if its export is there as it was verified, and the month holds nothing that was not exported: it is sealed before
+it is exported, so PostgreSQL lets rows leave it, and none come, and nothing need be counted at the drop.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import asyncpg  # type: ignore[import-untyped]
 
 from tierd.controller import context_files as files
-from tierd.controller.context_months import Month, drop_month, months, span, sweep_keys
+from tierd.controller.context_months import Month, drop_month, is_sealed, months, seal_month, span, sweep_keys
 from tierd.controller.leader import assert_leader
 from tierd.errors import TierdError
 from tierd.metrics import ContextMetrics
@@ -48,6 +50,7 @@ ON CONFLICT (month) DO UPDATE SET state = 'dropped', dropped_at = now()
 """
 _SWEPT: Final = "UPDATE context_exports SET state = 'done' WHERE month = $1 AND state = 'dropped'"
 
+_Answer = TypeVar("_Answer")
 Action = Literal["keep", "export", "wait", "drop", "refuse", "sweep"]
 
 
@@ -138,7 +141,7 @@ async def purge_expired_contexts(
     metrics: ContextMetrics | None = None,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> list[Step]:
-    """Do what `plan_purge` says, or (`dry_run`) only say it; what was done.
+    """Do what `plan_purge` says, or (`dry_run`) only say it; what was done. `progress` hears of each step before it.
 
     Raises PurgeRefused, ObjectError, NotLeaderError, DatabaseError; steps before it stay done.
     """
@@ -152,13 +155,13 @@ async def purge_expired_contexts(
         raise PurgeRefused("no object store to export to", hint="name one, or say that no exports are wanted")
     job = _Purge(database, store, bucket, epoch, rules, metrics, pause)
     for step in steps:
+        progress(step)
         if step.action == "export":
             await job.export(found[step.month])
         elif step.action == "drop":
             await job.drop(found[step.month], exports.get(step.month))
         if step.action in ("drop", "sweep"):
             await job.sweep(step.month)
-        progress(step)
     return steps
 
 
@@ -175,10 +178,7 @@ class _Purge:
     async def export(self, month: Month) -> None:
         """Store a month, read it back, and write down that it is there."""
         assert self.store is not None
-        async with self._leading() as connection:
-            attempt: int | None = await connection.fetchval(_BEGIN, month.month)
-        if attempt is None:
-            raise PurgeRefused(f"{month.month} was dropped already, and is here", hint="look who made its table again")
+        attempt = await self._locking(month, self._begin_export)
         with tempfile.TemporaryDirectory(prefix="tierd-export-") as directory:
             path = Path(directory) / "lines.gz"
             rows, stored = await files.write_lines(_pages(self.database, month), path)
@@ -196,18 +196,9 @@ class _Purge:
         if self.rules.export:
             assert export is not None
             await self._check_export(month, export)
-        rows = 0
-        for tries_left in reversed(range(_LOCK_TRIES)):
-            try:
-                async with self._leading() as connection:
-                    rows = await self._drop(connection, month, export)
-                break
-            except asyncpg.LockNotAvailableError:
-                if not tries_left:
-                    raise PurgeRefused(f"{month.month} is read without end", hint="pg_locks tells by whom") from None
-                await self.pause(_LOCK_PAUSE_S)
+        await self._locking(month, partial(self._drop, export=export))
         if self.metrics is not None:
-            self.metrics.moved("purged", rows)
+            self.metrics.moved("purged", month.rows if export is None else export.rows or 0)
 
     async def sweep(self, month: str) -> None:
         """Remove the keys that led to a month."""
@@ -215,20 +206,34 @@ class _Purge:
         async with self._leading() as connection:
             await connection.execute(_SWEPT, month)
 
-    async def _drop(self, connection: Connection, month: Month, export: _Export | None) -> int:
-        # Nobody writes from here on; who reads may.
-        await connection.execute(f"SET LOCAL lock_timeout = '2s'; LOCK TABLE {month.table} IN SHARE MODE")
-        rows: int = await connection.fetchval(f"SELECT count(*) FROM {month.table}")
+    async def _locking(self, month: Month, step: Callable[[Connection, Month], Awaitable[_Answer]]) -> _Answer:
+        """A transaction of the leader's that needs the month for itself, tried a few times: readers go first."""
+        for tries_left in reversed(range(_LOCK_TRIES)):
+            try:
+                async with self._leading() as connection:
+                    return await step(connection, month)
+            except asyncpg.LockNotAvailableError:
+                if tries_left:
+                    await self.pause(_LOCK_PAUSE_S)
+        raise PurgeRefused(f"{month.month} is read without end", hint="pg_locks tells by whom")
+
+    async def _begin_export(self, connection: Connection, month: Month) -> int:
+        await seal_month(connection, month)
+        attempt: int | None = await connection.fetchval(_BEGIN, month.month)
+        if attempt is None:
+            raise PurgeRefused(f"{month.month} was dropped already, and is here", hint="look who made its table again")
+        return attempt
+
+    async def _drop(self, connection: Connection, month: Month, export: _Export | None) -> None:
         if self.rules.export:
             state = await connection.fetchrow(f"{_EXPORTS} WHERE month = $1 FOR UPDATE", month.month)
             if export is None or state is None or _Export(*list(state)[1:]) != export:
                 raise PurgeRefused(f"the export of {month.month} changed meanwhile", hint="the next run goes on")
-            if rows > (export.rows or 0):
-                reason = f"{month.month} holds {rows} conversations, {export.rows} were exported"
-                raise PurgeRefused(reason, hint="look who writes into old months")
+            if not await is_sealed(connection, month):
+                reason = f"{month.month} has lost the constraint that keeps rows out since its export"
+                raise PurgeRefused(reason, hint="let it be exported again: docs/OPERATIONS.md, When something is wrong")
         await drop_month(connection, month)
         await connection.execute(_DROPPED, month.month)
-        return rows
 
     async def _check_export(self, month: Month, export: _Export) -> None:
         """Its objects are there, as far as can be told without reading them."""

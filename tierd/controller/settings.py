@@ -30,6 +30,8 @@ from tierd.config import (
     load_as,
     relative_root,
 )
+from tierd.errors import UsageError
+from tierd.objects.keys import check_bucket
 from tierd.postgres_settings import PostgresAddress, PostgresSettings, PostgresUrl
 from tierd.redis_options import split_url
 
@@ -92,6 +94,17 @@ class ControllerSettings(PostgresSettings):
     cleanup_share_max: Ratio = Field(0.25, gt=0, le=1)
     cleanup_errors_max: Ratio = Field(0.2, ge=0, le=1)
     catalogue_drop_max: Ratio = Field(0.5, ge=0, le=1)
+    archive_at: TimeOfDay = time(3)
+    contexts_warm_days: Ratio = Field(30.0, gt=0, le=36_500)
+    contexts_archive_workers: Whole = Field(2, ge=1, le=16)
+    contexts_tablespace: str = ""
+    purge_contexts_at: TimeOfDay = time(4)
+    contexts_archive_days: Ratio = Field(365.0, gt=0, le=36_500)
+    contexts_export: bool = True
+    contexts_bucket: str = "context-archive"
+    contexts_grace: Seconds = Field(7 * _DAY_SECONDS, ge=0)
+    contexts_purge_months_max: Whole = Field(1, ge=1)
+    contexts_purge_share_max: Ratio = Field(0.5, gt=0, le=1)
     nodes_report: bool = True
     lease_report_max_age: Seconds = Field(300.0, gt=0, le=86_400)
     grace: Seconds = Field(7 * _DAY_SECONDS, ge=0)
@@ -106,6 +119,14 @@ class ControllerSettings(PostgresSettings):
         if not roots:
             raise ValueError("must name a directory")
         return tuple(relative_root(root) for root in roots)
+
+    @field_validator("contexts_bucket")
+    @classmethod
+    def _is_bucket(cls, value: str) -> str:
+        try:
+            return check_bucket(value)
+        except UsageError as error:
+            raise ValueError(f"{error}: {error.hint}") from None
 
     @field_validator("metrics")
     @classmethod

@@ -21,7 +21,7 @@ from tierd.controller.moves import Moves
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.work import Work
 from tierd.errors import UsageError
-from tierd.metrics import ControllerMetrics
+from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.settings import describe, open_store
 from tierd.postgres import Database
 
@@ -42,6 +42,7 @@ class Workplace:
         open_store(self._objects, environ).close()  # says now what is wrong with it
         self.registry = CollectorRegistry()
         self.metrics = ControllerMetrics(self.registry, JOB_HELP)
+        self.context_metrics = ContextMetrics(self.registry)
 
     @asynccontextmanager
     async def work(self, epoch: int) -> AsyncIterator[Work]:
@@ -54,7 +55,17 @@ class Workplace:
             moves = Moves(database, tree, store, self._moves(), epoch)
             carrier = Carrier(database, moves)
             try:
-                yield Work(self.settings, database, epoch, self.source, moves, carrier, self.metrics)
+                yield Work(
+                    self.settings,
+                    database,
+                    epoch,
+                    self.source,
+                    moves,
+                    carrier,
+                    self.metrics,
+                    store,
+                    self.context_metrics,
+                )
             finally:
                 store.close()  # first: then what its threads do ends soon
                 await carrier.close()
