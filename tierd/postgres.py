@@ -60,8 +60,10 @@ class Database:
     """The pool of one process.
 
     Contract: any task may ask for connections; one that it got is its own for the length of the `with`, and goes back
-    without a transaction. More tasks than `postgres_connections` wait, for as long as a statement may take. While the
-    database is away, asking for a connection and each statement raise DatabaseError; the pool connects again by itself.
+    without a transaction, and as it was: whoever uses it leaves nothing in its session (SET LOCAL, locks of
+    transactions; `connected` is for what lasts longer). More tasks than `postgres_connections` wait, for as long as a
+    statement may take. While the database is away, asking for a connection and each statement raise DatabaseError; the
+    pool connects again by itself.
     """
 
     def __init__(self, settings: PostgresSettings) -> None:
@@ -163,6 +165,10 @@ def _connection_class(address: PostgresAddress) -> type[Connection]:
     """
 
     class Translating(asyncpg.Connection):  # type: ignore[misc] # without types
+        def get_reset_query(self) -> str:
+            """None: a round trip for each use of the pool, to undo what nobody does (see Database)."""
+            return ""
+
         async def execute(self, *args: Any, **options: Any) -> Any:
             with self._translated():
                 return await super().execute(*args, **options)

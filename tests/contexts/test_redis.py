@@ -191,3 +191,28 @@ def test_an_older_version_never_replaces_a_newer_one(house: House) -> None:
         assert (found.version, found.tier) == (2, "redis")
 
     house.play(scene)
+
+
+def test_a_miss_asks_redis_twice_and_postgres_once(house: House) -> None:
+    """Each further round trip is a chance to wait for a busy machine."""
+    client = client_of(house)
+
+    def commands() -> dict[str, int]:
+        stats = client.info("commandstats")
+        return {name.removeprefix("cmdstat_"): stats[name]["calls"] for name in stats}
+
+    async def scene(contexts: Contexts) -> None:
+        await contexts.save("u", "c", HELLO, version=0)
+        for fence in ("there", "gone"):
+            client.delete(KEY)
+            if fence == "gone":
+                client.flushdb()
+            before = commands()
+            assert tier_of(await contexts.get("u", "c")) == "warm"
+            asked = {name: calls - before.get(name, 0) for name, calls in commands().items()}
+            assert asked["mget"] == 1
+            assert asked["evalsha"] == (1 if fence == "there" else 2)
+            last = "SELECT query FROM pg_stat_activity WHERE application_name = 'tierd' AND pid <> pg_backend_pid()"
+            assert all("FROM user_contexts" in query for (query,) in await house.sql(last)), "and no reset after it"
+
+    house.play(scene)

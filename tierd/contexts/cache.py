@@ -37,6 +37,13 @@ if same then redis.call('SET', KEYS[1], ARGV[4], 'EX', ARGV[5]) return 1 end
 if held then redis.call('DEL', KEYS[1]) end
 return 0
 """
+# KEYS: fence. ARGV: new token. The one that counts: in one round trip, and never one that is gone again.
+_CLAIM: Final = """
+local there = redis.call('GET', KEYS[1])
+if there then return there end
+redis.call('SET', KEYS[1], ARGV[1])
+return ARGV[1]
+"""
 # KEYS: fence, entries. ARGV: new token. How many entries there were.
 _FORGET: Final = """
 redis.call('SET', KEYS[1], ARGV[1])
@@ -51,10 +58,14 @@ class CacheAway(Exception):
 
 
 class Found(NamedTuple):
-    """What a look shows: `trusted` if somebody saw lately that no change is owed to this Redis."""
+    """What a look shows: `trusted` if somebody saw lately that no change is owed to this Redis.
+
+    `token` is what `Cache.token` would give, or None if it has to be made: a miss need not ask twice.
+    """
 
     stored: Stored | None
     trusted: bool
+    token: bytes | None
 
 
 class Cache:
@@ -72,28 +83,21 @@ class Cache:
         self._slots = asyncio.Semaphore(connections)
         self.circuit = circuit or Circuit()
         self._put: Any = redis.register_script(_PUT)
+        self._claim: Any = redis.register_script(_CLAIM)
         self._forget: Any = redis.register_script(_FORGET)
 
     async def find(self, user_id: str, conversation_id: str) -> Found:
         """The entry of a conversation, if there is one."""
-        keys = [entry_key(user_id, conversation_id), TRUST]
-        entry, trust = await self._asked(lambda: self._redis.mget(keys))
+        keys = [entry_key(user_id, conversation_id), TRUST, fence_key(user_id)]
+        entry, trust, token = await self._asked(lambda: self._redis.mget(keys))
         if entry is not None and len(entry) >= _THREAD_BYTES:
-            return Found(await asyncio.to_thread(unpack, entry), trust is not None)
-        return Found(unpack(entry) if entry is not None else None, trust is not None)
+            return Found(await asyncio.to_thread(unpack, entry), trust is not None, token)
+        return Found(unpack(entry) if entry is not None else None, trust is not None, token)
 
     async def token(self, user_id: str) -> bytes:
         """What `put` wants to see; to be taken before the database is asked."""
-        key = fence_key(user_id)
-
-        async def claim() -> bytes:
-            found: bytes | None = await self._redis.get(key)
-            if found is None:
-                await self._redis.set(key, _new_token(), nx=True)
-                found = await self._redis.get(key)
-            return found or b"-"  # gone again: no token is like this one
-
-        return await self._asked(claim)
+        token: bytes = await self._asked(lambda: self._claim(keys=[fence_key(user_id)], args=[_new_token()]))
+        return token
 
     async def put(
         self, user_id: str, conversation_id: str, stored: Stored, token: bytes, seconds: int, *, changed: bool

@@ -99,9 +99,9 @@ class Contexts:
         """
         _check(user_id, conversation_id)
         with self._metrics.timed("get"):
-            found = await self._cached(user_id, conversation_id)
+            found, token = await self._cached(user_id, conversation_id)
             if found is None:
-                token = await self._token(user_id)
+                token = token or await self._token(user_id)
                 found = await self._reads.run(
                     (user_id, conversation_id, token), lambda: self._fetched(user_id, conversation_id, token)
                 )
@@ -190,21 +190,20 @@ class Contexts:
 
     # --- Redis ---
 
-    async def _cached(self, user_id: str, conversation_id: str) -> tuple[Stored, Tier] | None:
+    async def _cached(self, user_id: str, conversation_id: str) -> tuple[tuple[Stored, Tier] | None, bytes | None]:
+        """What Redis has, and the token of that moment, if there was one."""
         if self._cache is None:
-            return None
+            return None, None
         try:
             found = await self._cache.find(user_id, conversation_id)
-            if found.stored is None:
-                return None
-            if not found.trusted or self._owes:
+            if found.stored is not None and (not found.trusted or self._owes):
                 if not await self._may_trust():
-                    return None
+                    return None, None
                 found = await self._cache.find(user_id, conversation_id)  # it may just have been removed
         except CacheAway:
             self._metrics.cache_failed()
-            return None
-        return (found.stored, "redis") if found.stored else None
+            return None, None
+        return ((found.stored, "redis") if found.stored else None), found.token
 
     async def _may_trust(self) -> bool:
         """Whether entries count though nobody has looked lately what is owed: after a look, or if nobody can."""
