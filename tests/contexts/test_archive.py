@@ -70,6 +70,20 @@ def test_only_what_is_old_is_moved_with_all_its_columns(house: House) -> None:
     assert registry.get_sample_value("tierd_context_moves_total", {"move": "archived"}) == 1200
 
 
+def test_a_backlog_is_counted_no_further_than_a_statement_may_take(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context_archive, "DUE_MAX", 20)
+
+    async def main() -> None:
+        await fill(house, 50)
+        async with house.database() as database:
+            done = await archive_old_contexts(database)
+        assert (done.due, done.moved) == (20, 50)
+
+    run(main())
+
+
 def test_what_others_hold_is_left_and_blocks_nobody(house: House) -> None:
     async def main() -> None:
         before = await fill(house, 50)

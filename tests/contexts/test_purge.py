@@ -318,6 +318,8 @@ def test_a_drop_leaves_no_bloat(house: House) -> None:
         assert await house.sql("SELECT to_regclass($1::text) IS NULL", table_of(old)) == [(True,)]
         size = "SELECT pg_relation_size('context_archive_keys')"
         before = await house.sql(size)
+        options = "SELECT 'autovacuum_vacuum_scale_factor=0.05' = ANY (reloptions) FROM pg_class"
+        assert await house.sql(f"{options} WHERE relname = 'context_archive_keys'") == [(True,)], "soon, by itself"
         await house.sql("VACUUM context_archive_keys")
         assert await house.sql("SELECT dead_tuple_count FROM pgstattuple('context_archive_keys')") == [(0,)]
         await house.sql(

@@ -26,7 +26,7 @@ CREATE TABLE context_archive_keys (                 -- where in the archive a co
     conversation_id varchar(255) NOT NULL,
     archived_at     timestamptz  NOT NULL,          -- its month may have been dropped: then there is nothing any more
     PRIMARY KEY (user_id, conversation_id)
-);
+) WITH (autovacuum_vacuum_scale_factor = 0.05);     -- a dropped month is a twelfth of them: its room serves the next one
 
 -- The table of the month that `at` is in, made if it is missing; its name. Attached and not created in place: that
 -- lets readers and writers of the archive go on meanwhile.
