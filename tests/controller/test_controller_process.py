@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import DirectoryFactory
 from tests.controller.controllers import Controller, Site, running, until
-from tests.controller.house import environment
+from tests.controller.house import HEEDS_CTRL_C, environment
 from tests.faulty import FaultySource
 
 
@@ -201,7 +201,8 @@ def test_a_command_without_a_source_has_the_leader_do_it(site: Site) -> None:
 
 
 def test_a_request_that_nobody_began_is_withdrawn_by_ctrl_c(site: Site) -> None:
-    command = [sys.executable, "-m", "tierd", "job", "scan-catalogue", "--config", str(site.config(source=None))]
+    command = [*HEEDS_CTRL_C, sys.executable, "-m", "tierd", "job", "scan-catalogue"]
+    command += ["--config", str(site.config(source=None))]
     with subprocess.Popen(command, env=environment({}), stderr=subprocess.DEVNULL) as process:
         until(lambda: site.ask("SELECT FROM job_runs WHERE state = 'requested'"))
         process.send_signal(signal.SIGINT)

@@ -291,7 +291,7 @@ class Stubbing:
                     return "another file has its name"
                 self._at("was put back")
                 try:
-                    os.unlink(leaf, dir_fd=layer)
+                    self._remove_stub(moving, name, layer)
                 except FileNotFoundError:  # a user removed or renamed it this moment: so shall it be
                     with suppress(FileNotFoundError):
                         renameat2(hot_fd, leaf, trash, leaf, RENAME_NOREPLACE)
@@ -299,6 +299,15 @@ class Stubbing:
                 self._at("removed stub")
         self._touched |= {joined(self._base, above), joined(self.trash, above), self._layer_of(name)}
         return ""
+
+    def _remove_stub(self, moving: MoveFile, name: bytes, layer: int) -> None:
+        """One of several goes beside, until all are back: the stubs of the other names tell how many there are."""
+        leaf = split(name)[1]
+        if moving.file.links:
+            with self._tree.directory(self.drafts, make=True) as drafts, suppress(FileExistsError):
+                renameat2(layer, leaf, drafts, draft_name(name), RENAME_NOREPLACE)
+                return
+        os.unlink(leaf, dir_fd=layer)
 
     def _follow_stub(self, moving: MoveFile, layer: int, leaf: bytes, trash: int) -> None:
         stub, file = opened(layer, leaf), opened(trash, leaf)
