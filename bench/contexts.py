@@ -183,9 +183,9 @@ def memory(rig: Rig, sizes: tuple[int, ...]) -> list[tuple[int, int, int, float]
             text = " ".join(chance.choices(_WORDS, k=size // 6))
             text = '[{"role":"user","content":"' + text[: size - 30] + '"}]'
             now = datetime.now(UTC)
-            plain, small = (pack(Stored(1, now, now, text), limit) for limit in (0, 1))
+            plain, small = (pack(Stored(1, now, now, text), limit, b"0" * 16) for limit in (0, 1))
             started = time.perf_counter()
-            pack(Stored(1, now, now, text), 1)
+            pack(Stored(1, now, now, text), 1, b"0" * 16)
             milliseconds = (time.perf_counter() - started) * 1000
             used = []
             for value in (plain, small):

@@ -61,11 +61,18 @@ def restore(
     as_json: AsJson = False,
 ) -> None:
     """Bring an exported month back into the archive: what is missing, and was not deleted since."""
-    done = asyncio.run(_restore(settings_of(postgres, config), objects, bucket, month))
+    done, later = asyncio.run(_restore(settings_of(postgres, config), objects, bucket, month))
     if as_json:
-        print_json({name: getattr(done, name) for name in ("rows", "restored", "erased", "present")})
-    else:
-        say(out, f"{done.restored:,} of {done.rows:,} restored; {done.present:,} were there, {done.erased:,} deleted")
+        names = ("rows", "restored", "replaced", "erased", "present")
+        print_json({name: getattr(done, name) for name in names} | {"later": later})
+        return
+    say(
+        out,
+        f"{done.restored:,} of {done.rows:,} restored, {done.replaced:,} replaced what an older export had brought;"
+        f" {done.present:,} were there, {done.erased:,} deleted",
+    )
+    if later:
+        say(out, f"what went on in later months is in their exports, restore these, too: {', '.join(later)}")
 
 
 async def _stats(settings: ControllerSettings) -> ContextStats:
@@ -83,10 +90,10 @@ async def _stats(settings: ControllerSettings) -> ContextStats:
             await redis.aclose()
 
 
-async def _restore(settings: ControllerSettings, objects: str, bucket: str, month: str) -> Restored:
+async def _restore(settings: ControllerSettings, objects: str, bucket: str, month: str) -> tuple[Restored, list[str]]:
     from pydantic import ValidationError
 
-    from tierd.controller.context_restore import restore_contexts
+    from tierd.controller.context_restore import later_exports, restore_contexts
     from tierd.objects.settings import ObjectsSettings, open_store
     from tierd.postgres import Database
 
@@ -97,6 +104,7 @@ async def _restore(settings: ControllerSettings, objects: str, bucket: str, mont
     store = open_store(given, os.environ)
     try:
         async with Database(settings) as database:
-            return await restore_contexts(database, store, month, bucket=bucket)
+            done = await restore_contexts(database, store, month, bucket=bucket)
+            return done, await later_exports(database, month)
     finally:
         store.close()

@@ -376,6 +376,10 @@ class ContextMetrics:
         self._reads = Counter(
             "tierd_context_reads", "Conversations read, by the tier that had them.", ["tier"], registry=registry
         )
+        self._read_seconds = Histogram(
+            "tierd_context_read_seconds", "Time that a `get` takes, by the tier that had it.", ["tier"],
+            buckets=self._BUCKETS, registry=registry,
+        )  # fmt: skip
         self._seconds = Histogram(
             "tierd_context_seconds", "Time that a call of the library takes.", ["operation"],
             buckets=self._BUCKETS, registry=registry,
@@ -391,8 +395,7 @@ class ContextMetrics:
             "tierd_context_oldest_seconds", "Age of the oldest conversation, by tier.", ["tier"], registry=registry
         )
         self._rows = Gauge("tierd_context_rows", "Conversations, by tier.", ["tier"], registry=registry)
-        for tier in self.TIERS:
-            self._reads.labels(tier)
+        self._readers = {tier: (self._reads.labels(tier), self._read_seconds.labels(tier)) for tier in self.TIERS}
         for move in self.MOVES:
             self._moves.labels(move)
         self._timers = {name: self._seconds.labels(name) for name in self.OPERATIONS}
@@ -401,9 +404,11 @@ class ContextMetrics:
         """Around a call: one of OPERATIONS."""
         return self._timers[operation].time()
 
-    def read(self, tier: str) -> None:
-        """A conversation was found in one of TIERS."""
-        self._reads.labels(tier).inc()
+    def read(self, tier: str, seconds: float) -> None:
+        """A conversation was found in one of TIERS, in that time."""
+        count, times = self._readers[tier]
+        count.inc()
+        times.observe(seconds)
 
     def conflict(self) -> None:
         """A stale writer was refused."""
@@ -418,7 +423,7 @@ class ContextMetrics:
         self._moves.labels(move).inc(count)
 
     def seen(self, tier: str, *, rows: int, oldest_s: float) -> None:
-        """What `tierd contexts stats` found in a tier."""
+        """What somebody who looked found in a tier."""
         self._rows.labels(tier).set(rows)
         self._oldest.labels(tier).set(oldest_s)
 

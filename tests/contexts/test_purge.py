@@ -22,7 +22,7 @@ from tierd.controller import context_files as files
 from tierd.controller.context_archive import archive_old_contexts
 from tierd.controller.context_months import months, span
 from tierd.controller.context_purge import PurgeRefused, PurgeRules, Step, purge_expired_contexts
-from tierd.controller.context_restore import Restored, restore_contexts
+from tierd.controller.context_restore import Restored, later_exports, restore_contexts
 from tierd.controller.leader import NotLeaderError
 from tierd.errors import TierdError, UsageError
 from tierd.metrics import ContextMetrics
@@ -146,6 +146,59 @@ def test_what_was_deleted_or_is_newer_is_not_restored(house: House, directory: t
         assert (await contexts.save("u1", "new", [], version=0)).version == 8
 
     house.play(scene)
+
+
+@pytest.mark.parametrize("order", ["older first", "latest first"])
+@pytest.mark.parametrize("meanwhile", ["nothing", "read", "written"])
+def test_a_conversation_of_two_exports(
+    house: House, directory: tuple[ObjectStore, Beneath], order: str, meanwhile: str
+) -> None:
+    """Exported, brought back before the drop, and archived again. The later state wins, whichever comes first."""
+    store, _ = directory
+    rules = replace(NOW, retention_days=-60)
+
+    async def main() -> None:
+        async with house.contexts() as contexts:
+            (old,) = await fill(house, {500: 1})
+            await purge(house, store)
+            (listed,) = await contexts.list("u1")
+            name = listed.conversation_id
+            await contexts.append("u1", name, [{"new": 1}])
+            await purge(house, store)
+            await house.sql("UPDATE user_contexts SET updated_at = updated_at - interval '40 days'")
+            async with house.database() as database:
+                await archive_old_contexts(database)
+            for _ in range(2):
+                late = [step.month for step in await purge(house, store, rules) if step.rows or step.action == "drop"]
+            assert await rows(house) == []
+            flushed(house)
+            async with house.database() as database:
+                assert late[0] in await later_exports(database, old)
+            months = [old, late[0]] if order == "older first" else [late[0], old]
+            await restore(house, store, months[0])
+            if meanwhile == "read":
+                await contexts.get("u1", name)
+            elif meanwhile == "written":
+                await contexts.append("u1", name, [{"written": 1}])
+            second = await restore(house, store, months[1])
+            replaced = order == "older first" and meanwhile != "written"
+            assert second == Restored(1, 0, 0, int(not replaced), int(replaced))
+            assert await restore(house, store, months[1]) == Restored(1, 0, 0, 1)
+            found = await contexts.get("u1", name)
+            assert found is not None
+            expected = [] if order == "older first" and meanwhile == "written" else [{"new": 1}]
+            assert found.messages[1:] == expected + ([{"written": 1}] if meanwhile == "written" else [])
+            assert found.created_at == listed.created_at
+            count = "SELECT (SELECT count(*) FROM user_contexts_archive) + (SELECT count(*) FROM user_contexts)"
+            assert await house.sql(count) == [(1,)]
+
+    run(main(), 120)
+
+
+def flushed(house: House) -> None:
+    """As a year later."""
+    assert house.client is not None
+    house.client.flushall()
 
 
 def test_dry_runs_and_graces(house: House, directory: tuple[ObjectStore, Beneath]) -> None:

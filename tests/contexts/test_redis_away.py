@@ -10,9 +10,8 @@ from prometheus_client import CollectorRegistry
 
 from tests.contexts.house import HELLO, KEY, MORE, House, client_of, slowly, tier_of
 from tests.servers import run
-from tierd.contexts import Contexts, NotConfirmed
+from tierd.contexts import Contexts, NotConfirmed, VersionConflict
 from tierd.contexts.circuit import Circuit
-from tierd.contexts.entries import pack
 from tierd.errors import DatabaseError
 from tierd.metrics import ContextMetrics
 
@@ -87,6 +86,164 @@ def test_redis_goes_between_commit_and_put(house: House) -> None:
             assert found.messages == MORE
 
     run(main())
+
+
+@pytest.mark.parametrize("change", ["save", "append", "delete", "delete_user"])
+def test_what_redis_forgot_when_it_crashed_is_not_served(house: House, change: str) -> None:
+    """As does one that crashed, or a replica that took over: it is back with all that had been replaced or erased."""
+    redis = house.redis
+    assert redis is not None
+
+    async def main() -> None:
+        async with house.contexts() as contexts, house.contexts() as slow:
+            await contexts.save("u", "c", HELLO, version=0)
+            await contexts.save("u", "other", HELLO, version=0)
+            assert tier_of(await contexts.get("u", "c")) == "redis"
+            before = everything(house)
+            client_of(house).delete("context:u:other")
+            async with slowly(slow) as held:
+                reader = asyncio.create_task(slow.get("u", "other"))
+                await held.entered.wait()
+                await changed(contexts, change)
+                redis.restart()
+                put_back(house, before)
+                for _ in range(2):  # the first finds out, the others would be served what it put there
+                    for each in (contexts, slow):
+                        found = await each.get("u", "c")
+                        assert (found and found.messages) == {"save": MORE, "append": HELLO + MORE}.get(change)
+                held.go_on.set()
+                await reader
+            found = await contexts.get("u", "other")
+            assert (found is None) == (change == "delete_user"), "nor what was read before that"
+            if change in ("save", "append"):
+                assert tier_of(await contexts.get("u", "c")) == "redis", "a new generation has begun"
+
+    run(main())
+
+
+def test_a_generation_goes_on_while_redis_does(house: House) -> None:
+    async def scene(contexts: Contexts) -> None:
+        await contexts.save("u", "c", HELLO, version=0)
+        for _ in range(3):
+            client_of(house).delete("context-trust")
+            assert tier_of(await contexts.get("u", "c")) == "redis"
+
+    house.play(scene)
+
+
+def everything(house: House) -> dict[bytes, bytes]:
+    """What is in Redis, but for the mark that it is trusted."""
+    client = client_of(house)
+    return {key: client.get(key) for key in client.scan_iter() if key != b"context-trust"}
+
+
+def put_back(house: House, before: dict[bytes, bytes]) -> None:
+    client_of(house).flushdb()
+    client_of(house).mset(before)
+
+
+async def changed(contexts: Contexts, change: str) -> None:
+    if change == "save":
+        await contexts.save("u", "c", MORE, version=1)
+    elif change == "append":
+        await contexts.append("u", "c", MORE)
+    elif change == "delete":
+        assert await contexts.delete("u", "c")
+    else:
+        await contexts.delete_user("u")
+
+
+def test_a_write_that_is_cancelled_after_its_commit_leaves_nothing_old(house: House) -> None:
+    """Its client hung up, say; it was never acknowledged, but a list shows it, and so shall a read."""
+
+    async def main() -> None:
+        async with house.contexts() as contexts, house.contexts() as other:
+            await contexts.save("u", "c", HELLO, version=0)
+            async with slowly(contexts) as held:
+                writer = asyncio.create_task(contexts.save("u", "c", MORE, version=1))
+                await held.entered.wait()
+                writer.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await writer
+            for each in (contexts, other):
+                found = await each.get("u", "c")
+                assert found is not None
+                assert (found.messages, found.version) == (MORE, 2)
+
+    run(main())
+
+
+def test_a_write_of_which_nobody_knows_whether_it_was_done_is_not_done_twice(house: House) -> None:
+    """The database was lost after it had committed and before it said so; whoever repeats it names the version."""
+
+    async def scene(contexts: Contexts) -> None:
+        await contexts.save("u", "c", HELLO, version=0)
+        append = contexts._tiers.append
+
+        async def lost(*args: Any, **options: Any) -> Any:
+            contexts._tiers.append = append  # type: ignore[method-assign]
+            await append(*args, **options)
+            raise DatabaseError("lost", hint="in the middle of the commit")
+
+        contexts._tiers.append = lost  # type: ignore[method-assign]
+        with pytest.raises(DatabaseError):
+            await contexts.append("u", "c", MORE, version=1)
+        with pytest.raises(VersionConflict) as caught:
+            await contexts.append("u", "c", MORE, version=1)
+        assert caught.value.current == 2
+        found = await contexts.get("u", "c")
+        assert found is not None
+        assert found.messages == HELLO + MORE
+
+    house.play(scene)
+
+
+def test_while_more_is_owed_than_can_be_paid_soon_no_entry_counts(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database answers, so it is not away; only Redis is slow to be told."""
+    monkeypatch.setattr("tierd.contexts.library._SETTLE_SECONDS", 0.2)
+
+    async def main() -> None:
+        async with house.contexts() as contexts, house.contexts() as writer:
+            await contexts.save("u", "c", HELLO, version=0)
+            assert writer._cache is not None
+            writer._cache.circuit.failed()
+            await writer.save("u", "c", MORE, version=1)
+            client_of(house).delete("context-trust")
+            assert contexts._cache is not None
+            never = asyncio.Event()
+            forget, contexts._cache.forget = contexts._cache.forget, lambda _: never.wait()  # type: ignore
+            for _ in range(2):
+                found = await contexts.get("u", "c")
+                assert found is not None
+                assert found.messages == MORE
+            contexts._cache.forget = forget  # type: ignore[method-assign]
+            await contexts.get("u", "c")
+            assert await house.sql("SELECT FROM context_cache_debts") == []
+
+    run(main())
+
+
+def test_many_debts_are_paid_at_once(house: House) -> None:
+    async def scene(contexts: Contexts) -> None:
+        for user in ("a:b", "a", "v"):
+            for name in ("b:c", "c", "*"):
+                await contexts.save(user, name, HELLO, version=0)
+        client_of(house).delete("context-trust")
+        owed = [("a", "c"), ("a:b", "*"), ("v", "")]
+        await house.sql(
+            "INSERT INTO context_cache_debts SELECT * FROM unnest($1::text[], $2::text[])", *zip(*owed, strict=True)
+        )
+        tiers = {
+            (user, name): tier_of(await contexts.get(user, name))
+            for user in ("a:b", "a", "v") for name in ("b:c", "c", "*")
+        }  # fmt: skip
+        gone = {key for key, tier in tiers.items() if tier == "warm"}
+        assert gone == {("a", "c"), ("a:b", "*"), ("v", "b:c"), ("v", "c"), ("v", "*")}
+        assert await house.sql("SELECT FROM context_cache_debts") == []
+
+    house.play(scene)
 
 
 def test_a_frozen_redis_slows_one_call_and_not_each(house: House) -> None:
@@ -233,7 +390,7 @@ def test_erasing_a_user(house: House) -> None:
         for user in ("u", "u:", "v"):
             await contexts.save(user, "recent", MORE, version=1)
             await contexts.get(user, "cached")
-        client.set("context:u:unknown", pack((await contexts._tiers.read("u", "cached") or pytest.fail("gone"))[0], 0))
+        client.copy("context:u:cached", "context:u:unknown")
         erased = await contexts.delete_user("u")
         assert (erased.redis, erased.warm, erased.archive, erased.templates) == (3, 2, 1, 2)
         for name in ("old", "recent", "cached", "unknown"):

@@ -13,7 +13,7 @@ from tests.controller.house import tierd
 from tests.servers import run
 from tierd.contexts import Contexts
 from tierd.controller.context_purge import PurgeRules, purge_expired_contexts
-from tierd.controller.context_stats import context_stats
+from tierd.controller.context_stats import tell_metrics
 from tierd.metrics import ContextMetrics
 from tierd.objects.directory import DirectoryStore
 
@@ -66,11 +66,15 @@ def test_stats_are_metrics(house: House) -> None:
 
     async def main() -> None:
         async with house.database() as database:
-            await context_stats(database, metrics=ContextMetrics(registry))
+            async with database.connection() as connection:
+                await connection.execute("ANALYZE")
+            await tell_metrics(database, ContextMetrics(registry))
 
     run(main())
     assert registry.get_sample_value("tierd_context_rows", {"tier": "warm"}) == 2
     assert (registry.get_sample_value("tierd_context_oldest_seconds", {"tier": "warm"}) or 0) > 39 * 86_400
+    assert registry.get_sample_value("tierd_context_rows", {"tier": "archive"}) == 1
+    assert 0 < (registry.get_sample_value("tierd_context_oldest_seconds", {"tier": "archive"}) or 0) < 32 * 86_400
 
 
 def test_restore(house: House, tmp_path: Path) -> None:
@@ -86,7 +90,7 @@ def test_restore(house: House, tmp_path: Path) -> None:
 
     month = run(main())
     found = told(house, "restore", month, "--objects", str(tmp_path))
-    assert found == {"rows": 1, "restored": 1, "erased": 0, "present": 0}
+    assert found == {"rows": 1, "restored": 1, "replaced": 0, "erased": 0, "present": 0, "later": []}
     bad = tierd("contexts", "restore", "2020-01", "--objects", str(tmp_path), TIERDCTL_POSTGRES=house.dsn)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "2020-01 was never exported" in bad.stderr

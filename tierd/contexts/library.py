@@ -17,7 +17,7 @@ from typing import Final
 
 import structlog
 
-from tierd.contexts.cache import Cache, CacheAway
+from tierd.contexts.cache import Cache, CacheAway, Token
 from tierd.contexts.entries import Stored
 from tierd.contexts.errors import InvalidContext, NotConfirmed, VersionConflict
 from tierd.contexts.flights import Flights
@@ -81,7 +81,7 @@ class Contexts:
         self._clock = clock
         self._tiers = Tiers(database, settings.max_bytes, lambda: self._metrics.moved("promoted", 1))
         self.templates = Templates(database)
-        self._reads: Flights[tuple[str, str, bytes | None], tuple[Stored, Tier] | None] = Flights()
+        self._reads: Flights[tuple[str, str, Token | None], tuple[Stored, Tier] | None] = Flights()
         self._settling: Flights[None, bool] = Flights()
         self._owed = 0
         """Changes by this process that Redis missed; no entry counts before they have all been paid."""
@@ -89,6 +89,8 @@ class Contexts:
         """Of these."""
         self._unasked_until_s = 0.0
         """The database did not say what is owed; until then it is not asked again, and entries count."""
+        self._answers = 0
+        """Of the database, about what is owed."""
 
     # --- reading ---
 
@@ -98,6 +100,7 @@ class Contexts:
         Raises InvalidContext for what is no ID, DatabaseError if it is not in Redis and the database is away.
         """
         _check(user_id, conversation_id)
+        started = time.perf_counter()
         with self._metrics.timed("get"):
             found, token = await self._cached(user_id, conversation_id)
             if found is None:
@@ -106,11 +109,11 @@ class Contexts:
                     (user_id, conversation_id, token), lambda: self._fetched(user_id, conversation_id, token)
                 )
             if found is None:
-                self._metrics.read("none")
+                self._metrics.read("none", time.perf_counter() - started)
                 return None
             stored, tier = found
-            self._metrics.read(tier)
             messages = decode(stored.text)  # each caller's own
+            self._metrics.read(tier, time.perf_counter() - started)
         return Context(user_id, conversation_id, messages, stored.version, stored.created_at, stored.updated_at, tier)
 
     async def list(self, user_id: str, *, limit: int = 100, after: Listed | None = None) -> list[Listed]:
@@ -190,7 +193,7 @@ class Contexts:
 
     # --- Redis ---
 
-    async def _cached(self, user_id: str, conversation_id: str) -> tuple[tuple[Stored, Tier] | None, bytes | None]:
+    async def _cached(self, user_id: str, conversation_id: str) -> tuple[tuple[Stored, Tier] | None, Token | None]:
         """What Redis has, and the token of that moment, if there was one."""
         if self._cache is None:
             return None, None
@@ -209,10 +212,13 @@ class Contexts:
         """Whether entries count though nobody has looked lately what is owed: after a look, or if nobody can."""
         if not self._owes and self._clock() < self._unasked_until_s:
             return True
+        answers = self._answers
         try:
             async with asyncio.timeout(_SETTLE_SECONDS):
                 return await self._settled() and not self._owes  # since then, if that had begun before
-        except (DatabaseError, TimeoutError):
+        except (DatabaseError, TimeoutError) as error:
+            if isinstance(error, TimeoutError) and self._answers != answers:
+                return False  # it is there, and told of more than could be paid so soon
             # The database is away: then nobody writes, and sessions shall go on.
             self._unasked_until_s = self._clock() + self._settings.trust
             return not self._owes
@@ -227,9 +233,10 @@ class Contexts:
         owed = self._owed
         try:
             while debts := await self._tiers.debts():
-                for debt in debts:
-                    await self._told_of(debt)
+                self._answers += 1
+                await self._told_of(debts)
                 await self._tiers.paid(debts)
+            self._answers += 1
             await self._cache.trust(self._settings.trust)
         except CacheAway:
             self._metrics.cache_failed()
@@ -239,21 +246,23 @@ class Contexts:
 
     async def _confirmed(self, debt: Debt) -> int:
         """Pay a debt; how many entries went. Raises CacheAway: then it stays."""
-        removed = await self._told_of(debt) if self._cache is not None else 0
+        removed = await self._told_of([debt])
         await self._tiers.paid([debt])
         return removed
 
-    async def _told_of(self, debt: Debt) -> int:
-        assert self._cache is not None
-        if debt.conversation_id:
-            return await self._cache.forget(debt.user_id, debt.conversation_id)
-        return await self._cache.forget_user(debt.user_id)
+    async def _told_of(self, debts: Sequence[Debt]) -> int:
+        if self._cache is None:
+            return 0
+        names = [(debt.user_id, debt.conversation_id) for debt in debts if debt.conversation_id]
+        users = {debt.user_id for debt in debts if not debt.conversation_id}
+        removed = await self._cache.forget(names) if names else 0
+        return removed + (await self._cache.forget_users(users) if users else 0)
 
     @property
     def _owes(self) -> bool:
         return self._paid < self._owed
 
-    async def _token(self, user_id: str) -> bytes | None:
+    async def _token(self, user_id: str) -> Token | None:
         """None: Redis cannot be told."""
         if self._cache is None:
             return None
@@ -263,13 +272,13 @@ class Contexts:
             self._metrics.cache_failed()
             return None
 
-    async def _fetched(self, user_id: str, conversation_id: str, token: bytes | None) -> tuple[Stored, Tier] | None:
+    async def _fetched(self, user_id: str, conversation_id: str, token: Token | None) -> tuple[Stored, Tier] | None:
         found = await self._tiers.read(user_id, conversation_id)
         if found is not None and token is not None:
             await self._put(user_id, conversation_id, found[0], token, changed=False)
         return found
 
-    async def _put(self, user_id: str, conversation_id: str, stored: Stored, token: bytes, *, changed: bool) -> bool:
+    async def _put(self, user_id: str, conversation_id: str, stored: Stored, token: Token, *, changed: bool) -> bool:
         """Whether Redis answered."""
         assert self._cache is not None
         seconds = self._settings.ttl if changed else self._settings.ttl_read
@@ -287,7 +296,7 @@ class Contexts:
         write = _Write(user_id, conversation_id, token, owed=token is None and self._cache is not None)
         try:
             yield write
-        except (VersionConflict, DatabaseError) as error:
+        except (VersionConflict, DatabaseError, asyncio.CancelledError) as error:
             # Somebody went by old news, or it may have been done: what Redis has is worth nothing.
             if isinstance(error, VersionConflict):
                 self._metrics.conflict()
@@ -301,11 +310,11 @@ class Contexts:
         if self._cache is None:
             return
         try:
-            await self._cache.forget(user_id, conversation_id)
+            await self._cache.forget([(user_id, conversation_id)])
         except CacheAway:
             self._metrics.cache_failed()
 
-    def _reads_are_old(self, user_id: str, conversation_id: str, token: bytes | None = None) -> None:
+    def _reads_are_old(self, user_id: str, conversation_id: str, token: Token | None = None) -> None:
         for held in {token, None}:
             self._reads.forget((user_id, conversation_id, held))
 
@@ -326,7 +335,7 @@ class _Write:
 
     user_id: str
     conversation_id: str
-    token: bytes | None
+    token: Token | None
     owed: bool
     """Redis cannot be told, and the transaction shall say so."""
 

@@ -13,7 +13,8 @@ ID_BYTES_MAX: Final = 255
 """As UTF-8; the columns are varchar(255)."""
 FENCES: Final = 1024
 TRUST: Final = "context-trust"
-"""No key of a conversation: these begin with `context:`."""
+RUN: Final = "context-run"
+"""Both no keys of conversations: these begin with `context:`."""
 _SHOWN_CHARS: Final = 40
 
 

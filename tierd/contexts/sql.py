@@ -29,6 +29,7 @@ UPDATE user_contexts SET messages = messages || $3::text::jsonb, version = versi
 WHERE user_id = $1 AND conversation_id = $2 AND ($4::bigint IS NULL OR version = $4)
 RETURNING version, created_at, updated_at, messages::text AS text
 """
+PROMOTE: Final = "SELECT text, version, created_at, updated_at, archived FROM promote_context($1, $2)"
 WARM: Final = """
 SELECT messages::text AS text, version, created_at, updated_at FROM user_contexts
 WHERE user_id = $1 AND conversation_id = $2 FOR UPDATE
@@ -49,10 +50,11 @@ RETURNING version, created_at, updated_at
 # $1: digests of the user and of the conversation.
 FLOOR: Final = "SELECT coalesce(max(version), 0) FROM context_tombstones WHERE digest = ANY($1::bytea[])"
 BURY: Final = """
-INSERT INTO context_tombstones (digest, version) VALUES ($1, $2)
+INSERT INTO context_tombstones (digest, version, erased_at) VALUES ($1, $2, clock_timestamp())
 ON CONFLICT (digest) DO UPDATE
-SET version = greatest(context_tombstones.version, EXCLUDED.version), erased_at = now()
+SET version = greatest(context_tombstones.version, EXCLUDED.version), erased_at = EXCLUDED.erased_at
 """
+"""Not now(): that is before all that was waited for, such as a conversation's being archived."""
 DELETE_WARM: Final = "DELETE FROM user_contexts WHERE user_id = $1 AND conversation_id = $2 RETURNING version"
 
 # Erasure of a user: the order is that in which conversations are archived; what is promoted waits for LOCK_USER.

@@ -169,17 +169,13 @@ class Tiers:
     # --- transactions ---
 
     async def _promote(self, connection: Connection, whose: _Whose) -> tuple[Stored, Tier] | None:
-        async with connection.transaction():
-            await connection.execute(sql.LOCK, *whose)
-            warm = await connection.fetchrow(sql.WARM, *whose)
-            if warm is not None:  # another was faster
-                return _stored(warm), "warm"
-            archived = await _take_archived(connection, whose)
-            if archived is None:  # deleted, or its month was dropped
-                return None
-            await _insert(connection, whose, archived)
+        row = await connection.fetchrow(sql.PROMOTE, *whose)
+        if row is None:  # deleted, or its month was dropped
+            return None
+        if not row["archived"]:  # another was faster
+            return _stored(row), "warm"
         self._promoted()
-        return archived, "archive"
+        return _stored(row), "archive"
 
     async def _change(self, whose: _Whose, change: _Change, expected: int | None, owed: bool) -> Stored:
         """The long way: a conversation that is not in user_contexts, or may not be, or of which Redis is not told."""
@@ -213,10 +209,6 @@ async def _take_archived(connection: Connection, whose: _Whose) -> Stored | None
         return None
     row = await connection.fetchrow(sql.TAKE_ARCHIVED, *whose, archived_at)
     return _stored(row) if row is not None else None
-
-
-async def _insert(connection: Connection, whose: _Whose, stored: Stored) -> None:
-    await connection.execute(sql.INSERT, *whose, stored.text, stored.version, stored.created_at, stored.updated_at)
 
 
 def _expect(whose: _Whose, expected: int | None, current: int) -> None:

@@ -1,7 +1,8 @@
 """Brings an export back into the archive: what is not there, was not deleted, and has no newer version anywhere.
 
 In batches of one transaction each; repeating it changes nothing. Retention begins anew: what is restored was archived
-now, all else is as it was.
+now, all else is as it was. A conversation may be in several exports, of which the last has its end, and these may come
+in any order: what an older one brought gives way to a newer one, unless somebody wrote to it meanwhile.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Final
 
 from tierd.contexts.names import conversation_digest, user_digest
@@ -37,12 +38,28 @@ WITH given AS (
     SELECT * FROM given g
     WHERE NOT EXISTS (SELECT FROM context_tombstones t
         WHERE t.digest IN (g.whose, g.which) AND t.erased_at >= g.archived_at)
+), warm AS (
+    UPDATE user_contexts w SET messages = g.messages::jsonb, version = g.version, updated_at = g.updated_at
+    FROM allowed g WHERE w.user_id = g.user_id AND w.conversation_id = g.conversation_id
+        AND w.created_at = g.created_at AND w.version < g.version AND w.updated_at < g.updated_at
+    RETURNING w.user_id, w.conversation_id
+), older AS (
+    DELETE FROM user_contexts_archive a USING allowed g
+    WHERE a.user_id = g.user_id AND a.conversation_id = g.conversation_id
+        AND a.created_at = g.created_at AND a.version < g.version AND a.updated_at < g.updated_at
+        AND NOT EXISTS (SELECT FROM user_contexts w
+            WHERE w.user_id = g.user_id AND w.conversation_id = g.conversation_id)
+    RETURNING a.user_id, a.conversation_id
+), owed AS (
+    INSERT INTO context_cache_debts (user_id, conversation_id) TABLE warm UNION TABLE older
+    ON CONFLICT (user_id, conversation_id) DO UPDATE SET id = DEFAULT
 ), missing AS (
     SELECT * FROM allowed g
     WHERE NOT EXISTS (SELECT FROM user_contexts w
         WHERE w.user_id = g.user_id AND w.conversation_id = g.conversation_id)
-    AND NOT EXISTS (SELECT FROM user_contexts_archive a
-        WHERE a.user_id = g.user_id AND a.conversation_id = g.conversation_id)
+    AND (NOT EXISTS (SELECT FROM user_contexts_archive a
+            WHERE a.user_id = g.user_id AND a.conversation_id = g.conversation_id)
+        OR EXISTS (SELECT FROM older o WHERE o.user_id = g.user_id AND o.conversation_id = g.conversation_id))
 ), keys AS (
     INSERT INTO context_archive_keys SELECT user_id, conversation_id, now() FROM missing
     ON CONFLICT (user_id, conversation_id) DO UPDATE SET archived_at = EXCLUDED.archived_at RETURNING 1
@@ -52,7 +69,11 @@ WITH given AS (
     SELECT user_id, conversation_id, messages::jsonb, created_at, updated_at, version, now() FROM missing RETURNING 1
 )
 SELECT (SELECT count(*) FROM allowed) AS allowed, (SELECT count(*) FROM keys) AS keys,
-    (SELECT count(*) FROM written) AS written
+    (SELECT count(*) FROM written) AS written, (SELECT count(*) FROM warm) AS warm,
+    (SELECT count(*) FROM older) AS older
+"""
+_LATER: Final = """
+SELECT month FROM context_exports WHERE month > $1 AND rows > 0 AND state IN ('dropped', 'done') ORDER BY month
 """
 
 
@@ -66,6 +87,8 @@ class Restored:
     """Were deleted, or their user was, after they were archived."""
     present: int
     """Are there, as they were or newer."""
+    replaced: int = 0
+    """Were there as an older export had brought them, and are newer now."""
 
 
 async def restore_contexts(
@@ -105,6 +128,12 @@ async def restore_contexts(
     return done
 
 
+async def later_exports(database: Database, month: str) -> list[str]:
+    """Later months that are exports only: they may have newer states of what `month` has. Raises DatabaseError."""
+    async with database.connection() as connection:
+        return [row["month"] for row in await connection.fetch(_LATER, month)]
+
+
 async def _restore(database: Database, page: list[files.Row]) -> Restored:
     users, names = [row.user_id for row in page], [row.conversation_id for row in page]
     async with database.transaction() as connection:
@@ -122,11 +151,10 @@ async def _restore(database: Database, page: list[files.Row]) -> Restored:
             [conversation_digest(row.user_id, row.conversation_id) for row in page],
         )
         assert row["keys"] == row["written"], "each has a key"
-    written, allowed = row["written"], row["allowed"]
-    return Restored(len(page), written, len(page) - allowed, allowed - written)
+    allowed, replaced = row["allowed"], row["warm"] + row["older"]
+    restored = row["written"] - row["older"]
+    return Restored(len(page), restored, len(page) - allowed, allowed - restored - replaced, replaced)
 
 
 def _sum(one: Restored, other: Restored) -> Restored:
-    return Restored(
-        one.rows + other.rows, one.restored + other.restored, one.erased + other.erased, one.present + other.present
-    )
+    return Restored(*(mine + others for mine, others in zip(astuple(one), astuple(other), strict=True)))

@@ -87,9 +87,37 @@ CREATE TABLE context_tombstones (
 CREATE TABLE context_cache_debts (
     user_id         varchar(255) NOT NULL,
     conversation_id varchar(255) NOT NULL,
-    id              bigint       NOT NULL GENERATED ALWAYS AS IDENTITY,  -- another one each time it changes
+    id              bigint       NOT NULL GENERATED ALWAYS AS IDENTITY UNIQUE,  -- another one each time it changes
     PRIMARY KEY (user_id, conversation_id)
 );
+
+-- A conversation's way from the archive to user_contexts, in one round trip: what it is, and whether it was archived (if
+-- not, somebody was faster); no row: there is none. Statements of their own, so that each sees what the one before it
+-- waited for. The locks are those of whoever makes a conversation (tierd/contexts/sql.py).
+CREATE FUNCTION promote_context(whose text, which text)
+RETURNS TABLE (text text, version bigint, created_at timestamptz, updated_at timestamptz, archived boolean)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    place timestamptz;
+    was user_contexts_archive;
+begin
+    PERFORM pg_advisory_xact_lock_shared(hashtextextended(whose, 7)),
+        pg_advisory_xact_lock(hashtextextended(which, hashtextextended(whose, 8)));
+    RETURN QUERY SELECT messages::text, version, created_at, updated_at, false FROM user_contexts
+        WHERE user_id = whose AND conversation_id = which FOR UPDATE;
+    if FOUND then
+        RETURN;
+    end if;
+    DELETE FROM context_archive_keys WHERE user_id = whose AND conversation_id = which RETURNING archived_at INTO place;
+    DELETE FROM user_contexts_archive
+        WHERE user_id = whose AND conversation_id = which AND archived_at = place RETURNING * INTO was;
+    if FOUND then
+        INSERT INTO user_contexts (user_id, conversation_id, messages, version, created_at, updated_at)
+            VALUES (whose, which, was.messages, was.version, was.created_at, was.updated_at);
+        RETURN QUERY SELECT was.messages::text, was.version, was.created_at, was.updated_at, true;
+    end if;
+end $$;
 
 CREATE TABLE context_exports (                      -- months that are over: from the wish to export them to their end
     month       text        PRIMARY KEY CHECK (month ~ '^[0-9]{4}-[0-9]{2}$'),
