@@ -18,6 +18,7 @@ from rich.text import Text
 from tierd import (
     __version__,
     background,
+    cli_contexts,
     cli_controller,
     cli_import,
     cli_jobs,
@@ -385,3 +386,4 @@ cli_controller.add_commands(app)
 cli_jobs.add_commands(app)
 cli_moves.add_commands(app)
 cli_import.add_commands(app)
+cli_contexts.add_commands(app)

@@ -6,11 +6,11 @@ from typing import Final
 
 import structlog
 
-from tierd.controller import nodes
-from tierd.controller.db import Connection
+from tierd.controller import context_stats, nodes
 from tierd.controller.events import purge_events
 from tierd.controller.job_runs import purge_runs
 from tierd.controller.work import Work
+from tierd.postgres import Connection
 
 log = structlog.get_logger(__name__)
 
@@ -32,12 +32,13 @@ DELETE FROM statistics_applied WHERE (node_id, boot) IN (
 
 
 async def tell_metrics(work: Work) -> None:
-    """Models, moves and nodes as they are now."""
+    """Models, moves, nodes and chat contexts as they are now."""
     async with work.database.connection() as connection:
         tiers = {tier: (models, size) for tier, models, size in await connection.fetch(_TIERS)}
         moves = dict(await connection.fetch(_MOVES))
         found = await nodes.reports(connection, work.settings.lease_report_max_age)
     work.metrics.stand(tiers, moves, sum(not report.fresh for report in found))
+    await context_stats.tell_metrics(work.database, work.context_metrics)
 
 
 async def purge(work: Work) -> bool:

@@ -12,7 +12,7 @@ import threading
 
 from tierd.controller import catalogue, catalogue_scan, cold_tree
 from tierd.controller import moves_sql as sql
-from tierd.controller.db import Connection
+from tierd.postgres import Connection
 from tierd.controller.move_books import Catalogued, Move, add_move, lock_model, refuse_if_moving, set_state
 from tierd.controller.move_file import NotCold
 from tierd.controller.move_workshop import Workshop

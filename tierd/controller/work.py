@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierd.controller.carrier import Carrier
-from tierd.controller.db import Database
 from tierd.controller.moves import Moves
 from tierd.controller.settings import ControllerSettings
-from tierd.metrics import ControllerMetrics
+from tierd.metrics import ContextMetrics, ControllerMetrics
+from tierd.objects.store import ObjectStore
+from tierd.postgres import Database
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,5 @@ class Work:
     moves: Moves
     carrier: Carrier
     metrics: ControllerMetrics
+    store: ObjectStore
+    context_metrics: ContextMetrics

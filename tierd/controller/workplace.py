@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 
 from tierd.controller import job_runs
 from tierd.controller.carrier import Carrier
-from tierd.controller.db import Database
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.job_names import JOB_HELP
 from tierd.controller.move_workshop import MoveSettings
@@ -22,8 +21,9 @@ from tierd.controller.moves import Moves
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.work import Work
 from tierd.errors import UsageError
-from tierd.metrics import ControllerMetrics
+from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.settings import describe, open_store
+from tierd.postgres import Database
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +42,7 @@ class Workplace:
         open_store(self._objects, environ).close()  # says now what is wrong with it
         self.registry = CollectorRegistry()
         self.metrics = ControllerMetrics(self.registry, JOB_HELP)
+        self.context_metrics = ContextMetrics(self.registry)
 
     @asynccontextmanager
     async def work(self, epoch: int) -> AsyncIterator[Work]:
@@ -55,7 +56,10 @@ class Workplace:
             carrier = Carrier(database, moves)
             try:
                 await _look_around(moves)
-                yield Work(self.settings, database, epoch, self.source, moves, carrier, self.metrics)
+                yield Work(
+                    *(self.settings, database, epoch, self.source, moves, carrier, self.metrics),
+                    *(store, self.context_metrics),
+                )
             finally:
                 store.close()  # first: then what its threads do ends soon
                 await carrier.close()
