@@ -147,8 +147,13 @@ class Daemon:
             models_roots=settings.models_roots_bytes,
             is_model_dir=is_model_dir,
             load_idle_gap_s=settings.load_idle_gap,
+            outputs_root=self._outputs_root(),
             **({"noted": self.tier.usage.note} if self.tier else {}),
         )
+
+    def _outputs_root(self) -> bytes | None:
+        """None where nobody is told of outputs."""
+        return self.settings.outputs_root_bytes if self.settings.redis is not None else None
 
     def _build_tier(self, is_model_dir: ModelDirs) -> TierParts | None:
         if self._cache_dir is None:
@@ -239,6 +244,7 @@ class Daemon:
             cold=self.cold,
             bounds=self._recall_bounds(),
             loaded=self.publisher.exchange.wishes.loaded if self.publisher else lambda path: None,
+            outputs_root=self._outputs_root(),
         )
         operations = fuse.FuseOperations(
             self.overlay,

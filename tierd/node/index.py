@@ -25,7 +25,7 @@ from tierd.policy import heat_now
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _SCHEMA = Path(__file__).with_name("schema.sql")
 _MIGRATIONS = {
     1: """
@@ -35,6 +35,8 @@ _MIGRATIONS = {
 }
 """By version, what leads to the next one; tables and indexes that are new come from the schema."""
 _BUSY_SECONDS = 5.0
+_UNSENT_OUTPUTS_MAX = 200_000
+"""Of more than these the controller hears by its scan; the file grows to some 40 MB with them."""
 
 
 @dataclass(slots=True)
@@ -59,6 +61,28 @@ class FileDelta:
     last_access_ns: int = 0
 
 
+@dataclass(slots=True)
+class OutputDelta:
+    """What a batch adds to one output; times are 0 where nothing was."""
+
+    opens: int = 0
+    last_access_ns: int = 0
+    written_ns: int = 0
+    removed_ns: int = 0
+
+    def opened(self, at_ns: int) -> None:
+        """It was opened for reading."""
+        self.opens += 1
+        self.last_access_ns = max(self.last_access_ns, at_ns)
+
+    def changed(self, at_ns: int, *, removed: bool) -> None:
+        """It was written, or its name removed."""
+        if removed:
+            self.removed_ns = max(self.removed_ns, at_ns)
+        else:
+            self.written_ns = max(self.written_ns, at_ns)
+
+
 @dataclass(frozen=True, slots=True)
 class OpenRow:
     """One open, as `tierd opens` shows it."""
@@ -77,6 +101,8 @@ class Batch:
     models: dict[bytes, ModelDelta] = field(default_factory=dict)
     files: dict[bytes, FileDelta] = field(default_factory=dict)
     opens: list[OpenRow] = field(default_factory=list)
+    outputs: dict[bytes, OutputDelta] = field(default_factory=dict)
+    """By path below the outputs root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +144,8 @@ class Index:
         self._max_files = max_files
         self._half_life_s = half_life_s
         self._unsent = unsent
+        self.outputs_not_noted = 0
+        """Outputs of which the controller is not told, since the start: too many wait already."""
         self._write_lock = threading.Lock()
         self._writer = _open_or_replace(path)
         self._writer.create_function("heat_now", 4, heat_now, deterministic=True)
@@ -132,6 +160,7 @@ class Index:
                 self._add_models(db, batch)
                 if self._unsent:
                     self._add_unsent(db, batch)
+                    self._add_outputs(db, batch)
                 self._add_opens(db, batch)
             self._file_rows = rows
         return pruned
@@ -168,6 +197,28 @@ class Index:
             " bytes_read = bytes_read + ?5, last_access = max(last_access, ?6)",
             ((model, m.opens, m.loads, m.hits, m.bytes_read, m.last_access_ns) for model, m in batch.models.items()),
         )
+
+    def _add_outputs(self, db: sqlite3.Connection, batch: Batch) -> None:
+        """Bounded: those that wait already go on adding up, others find no room."""
+        if not batch.outputs:
+            return
+        (rows,) = db.execute("SELECT count(*) FROM unsent_outputs").fetchone()
+        room = max(0, _UNSENT_OUTPUTS_MAX - rows)
+        for path, delta in batch.outputs.items():
+            values = (delta.opens, delta.last_access_ns, delta.written_ns, delta.removed_ns, path)
+            known = db.execute(
+                "UPDATE unsent_outputs SET opens = opens + ?1, last_access = max(last_access, ?2),"
+                " written = max(written, ?3), removed = max(removed, ?4) WHERE path = ?5",
+                values,
+            ).rowcount
+            if not known and room:
+                db.execute(
+                    "INSERT INTO unsent_outputs (opens, last_access, written, removed, path) VALUES (?, ?, ?, ?, ?)",
+                    values,
+                )
+                room -= 1
+            elif not known:
+                self.outputs_not_noted += 1
 
     def _add_files(self, db: sqlite3.Connection, batch: Batch) -> tuple[int, int]:
         """How many file rows there will be, and how many had to go."""

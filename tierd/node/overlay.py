@@ -207,7 +207,9 @@ class Overlay(Opens):
 
     async def unlink(self, parent_id: int, name: bytes, unique: int = 0) -> None:
         """Remove a name; open descriptors keep the file."""
+        parent = self.inodes.get(parent_id)
         await self._remove(parent_id, name, self.source.unlink, unique)
+        self._note_name(parent, name, removed=True)
 
     async def rmdir(self, parent_id: int, name: bytes, unique: int = 0) -> None:
         """Remove an empty directory."""
@@ -266,6 +268,7 @@ class Overlay(Opens):
         async with self.dirs.hold(old_parent) as old_fd, self.dirs.hold(new_parent) as new_fd:
             moved, replaced = await self._run(rename, old_fd, new_fd)
         node, other = self._changed(moved), self._changed(replaced) if replaced else None
+        self._note_name(new_parent, new, removed=False)
         if node is not None and node is other:
             return
         for changed in (node, other):
@@ -281,6 +284,13 @@ class Overlay(Opens):
         if other is not None:
             self._let_go(other)
             await self._tell_of_links(other)
+
+    def _note_name(self, parent: Node, name: bytes, *, removed: bool) -> None:
+        """A name in a directory was removed, or is now that of a file from elsewhere."""
+        with suppress(Moved):  # the directory went: so did its names
+            above = self.inodes.path(parent)
+            note = self.output_notes.removed if removed else self.output_notes.written
+            note(above + b"/" + name if above else name, self._now_ns())
 
     # --- directories ---
 

@@ -38,6 +38,10 @@ GAUGES: Final[dict[str, tuple[str, Callable[[Publisher], float]]]] = {
     "promote_wishes_waiting": ("Cold models to be asked for.", lambda p: len(p.exchange.wishes)),
     "promote_wishes_sent": ("Cold models asked for since start.", lambda p: p.exchange.wishes.sent_count),
     "promote_wishes_dropped": ("Cold models that no room was left for.", lambda p: p.exchange.wishes.dropped),
+    "publish_dropped_outputs": (
+        "Outputs of which the controller hears only by its scan: too many waited.",
+        lambda p: p.exchange.outbox.outputs_dropped,
+    ),
     "publish_dropped_models": ("Models that no catalogue can name.", lambda p: p.exchange.outbox.dropped),
 }
 """What is exported as `tierd_NAME` at each scrape."""
