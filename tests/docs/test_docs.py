@@ -94,11 +94,13 @@ def test_every_metric_is_documented() -> None:
 
     from tierd.metrics import ControllerMetrics, FoldMetrics, Metrics, PublishMetrics, TierMetrics
     from tierd.node import publish_setup, tier_setup
+    from tierd.output_metrics import OutputMetrics
 
     text = (REPOSITORY / "docs/OPERATIONS.md").read_text()
     registry = CollectorRegistry()
     Metrics(registry), TierMetrics(registry), PublishMetrics(registry), FoldMetrics(registry)
     ControllerMetrics(other := CollectorRegistry())
+    OutputMetrics(other)
     names = {family.name for family in (*registry.collect(), *other.collect()) if family.name.startswith("tierd_")}
     names |= {f"tierd_{name}" for name in (*tier_setup.GAUGES, *publish_setup.GAUGES)}
     assert names

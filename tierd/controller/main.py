@@ -41,6 +41,7 @@ _JOBS_SECONDS: Final = 2.0
 _MOVES_SECONDS: Final = 5.0
 _REQUESTS_SECONDS: Final = 2.0
 _WISHES_SECONDS: Final = 1.0
+_OUTPUTS_SECONDS: Final = 2.0
 _METRICS_SECONDS: Final = 60.0
 _PURGE_SECONDS: Final = 600.0
 
@@ -93,6 +94,7 @@ class Controller:
         tasks = [
             steadily("moves", work.carrier.round, _MOVES_SECONDS),
             steadily("wishes", Answers(work.database, work.moves, work.epoch).round, _WISHES_SECONDS),
+            steadily("outputs", work.output_backup.round, _OUTPUTS_SECONDS),
             steadily("metrics", partial(housekeeping.tell_metrics, work), _METRICS_SECONDS),
             steadily("purge", partial(housekeeping.purge, work), _PURGE_SECONDS),
             steadily("wasted objects", partial(_clean_up, work), _PURGE_SECONDS),

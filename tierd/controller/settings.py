@@ -34,6 +34,7 @@ from tierd.config import (
     relative_root,
 )
 from tierd.errors import UsageError
+from tierd.outputs import ROOT_CHARS_MAX
 
 CONTROLLER = Naming(
     env_prefix="TIERDCTL_",
@@ -173,6 +174,9 @@ class ControllerSettings(BaseModel):
     cleanup_share_max: Ratio = Field(0.25, gt=0, le=1)
     cleanup_errors_max: Ratio = Field(0.2, ge=0, le=1)
     catalogue_drop_max: Ratio = Field(0.5, ge=0, le=1)
+    outputs_root: str = "outputs"
+    outputs_scan_at: TimeOfDay = time(3)
+    outputs_drop_max: Ratio = Field(0.5, ge=0, le=1)
     nodes_report: bool = True
     lease_report_max_age: Seconds = Field(300.0, gt=0, le=86_400)
     grace: Seconds = Field(7 * _DAY_SECONDS, ge=0)
@@ -187,6 +191,15 @@ class ControllerSettings(BaseModel):
         if not roots:
             raise ValueError("must name a directory")
         return tuple(relative_root(root) for root in roots)
+
+    @field_validator("outputs_root")
+    @classmethod
+    def _outputs_stay_inside(cls, root: str) -> str:
+        found = relative_root(root)
+        if not found or len(found) > ROOT_CHARS_MAX:
+            raise ValueError(f"must name a directory below the source, in at most {ROOT_CHARS_MAX} characters")
+        found.encode()  # UnicodeEncodeError is a ValueError
+        return found
 
     @field_validator("metrics")
     @classmethod
@@ -224,6 +237,11 @@ class ControllerSettings(BaseModel):
     def models_roots_bytes(self) -> tuple[bytes, ...]:
         """The models roots as paths are compared."""
         return tuple(root.encode("utf-8", "surrogateescape") for root in self.models_root)
+
+    @property
+    def outputs_root_bytes(self) -> bytes:
+        """The outputs root as paths are compared."""
+        return self.outputs_root.encode()
 
     def database(self) -> PostgresAddress:
         """Where the database is: what the URL says, and the other settings for what it leaves out.

@@ -21,6 +21,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
+from tierd.controller import output_books
 from tierd.controller import statistics_sql as sql
 from tierd.controller.db import Connection, Database
 from tierd.controller.statistics_plan import Boot, Known, Plan, Received, age_ns, plan
@@ -274,6 +275,7 @@ async def _apply(connection: Connection, made: Plan, late_ns: int) -> None:
         [model.hits for model in models],
         [model.size_bytes for model in models],
     )
+    await output_books.tell(connection, made.outputs, late_ns)
 
 
 async def _note_nodes(connection: Connection, made: Plan, late_ns: int) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 from tierd.controller.carrier import Carrier
 from tierd.controller.db import Database
 from tierd.controller.moves import Moves
+from tierd.controller.output_backup import OutputBackup
+from tierd.controller.output_files import OutputFiles
 from tierd.controller.settings import ControllerSettings
 from tierd.metrics import ControllerMetrics
+from tierd.output_metrics import OutputMetrics
 
 
 @dataclass(frozen=True)
@@ -23,3 +26,6 @@ class Work:
     moves: Moves
     carrier: Carrier
     metrics: ControllerMetrics
+    output_files: OutputFiles
+    output_backup: OutputBackup
+    output_metrics: OutputMetrics
