@@ -15,7 +15,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tierd import __version__, background, cli_controller, cli_jobs, cli_keeper, cli_moves, client, console, log
+from tierd import (
+    __version__,
+    background,
+    cli_controller,
+    cli_import,
+    cli_jobs,
+    cli_keeper,
+    cli_moves,
+    client,
+    console,
+    log,
+)
 from tierd.cli_tier import add_commands
 from tierd.config import MountSettings, load
 from tierd.console import (
@@ -373,3 +384,4 @@ cli_keeper.add_commands(app, mount)
 cli_controller.add_commands(app)
 cli_jobs.add_commands(app)
 cli_moves.add_commands(app)
+cli_import.add_commands(app)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tierd import log
 from tierd.cli_controller import Config, Postgres, settings_of
 from tierd.console import AsJson, err, human_bytes, out, print_json, printable, say
-from tierd.errors import DatabaseError
+from tierd.errors import TierdError
 
 if TYPE_CHECKING:
     from tierd.controller.asking import Asked
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="As the catalogue names it, such as models/llama-7b.")]
 _Dry = Annotated[bool, typer.Option("--dry-run", help="Tell whether it would be done, and change nothing.")]
+
+
+class MoveFailed(TierdError):
+    """A move that was asked for was refused, or did not come to its end."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -70,20 +74,27 @@ def _run(kind: str, model: str, settings: ControllerSettings, *, dry_run: bool, 
     if dry_run:
         _foresee(kind, model, settings, as_json=as_json)
         return
-    asked = _ask(kind, model, settings)
+    asked = ask(kind, model, settings)
     if as_json:
-        print_json(_told(asked))
+        print_json(told(asked))
     elif asked.succeeded:
         say(out, f"{model}: {_DONE[asked.move['kind'] if asked.move else kind]}")
     if not asked.succeeded:
-        reason = asked.wish.answer or (asked.move or {}).get("reason") or (asked.move or {}).get("error") or ""
-        raise DatabaseError(f"{kind} of {model}: {_state_of(asked)}: {reason}", hint=asked.wish.hint)
+        raise failure_of(kind, model, asked)
+
+
+def failure_of(kind: str, model: str, asked: Asked) -> MoveFailed:
+    """What to raise for a move that did not come to its end."""
+    move = asked.move or {}
+    reason = asked.wish.answer or move.get("reason") or move.get("error") or ""
+    return MoveFailed(f"{kind} of {model}: {_state_of(asked)}: {reason}", hint=asked.wish.hint)
 
 
 _DONE = {"demote": "is cold", "promote": "is hot", "undo": "is hot: what had been demoted is back"}
 
 
-def _ask(kind: str, model: str, settings: ControllerSettings) -> Asked:
+def ask(kind: str, model: str, settings: ControllerSettings, prefix: str = "") -> Asked:
+    """Have it done, with a progress bar; what came of it. Raises UsageError, DatabaseError."""
     from tierd.controller.asking import ask_for
 
     columns = (
@@ -98,7 +109,7 @@ def _ask(kind: str, model: str, settings: ControllerSettings) -> Asked:
             waiting = f" ({printable(move['error'])})" if move.get("error") else ""
             progress.update(task, description=f"{kind}: {_state_of(asked)}{waiting}", total=total, completed=done)
 
-        return asyncio.run(ask_for(settings, os.environ, kind, model, tell))
+        return asyncio.run(ask_for(settings, os.environ, kind, model, tell, prefix))
 
 
 def _state_of(asked: Asked) -> str:
@@ -106,7 +117,8 @@ def _state_of(asked: Asked) -> str:
     return state.replace("_", " ")
 
 
-def _told(asked: Asked) -> dict[str, Any]:
+def told(asked: Asked) -> dict[str, Any]:
+    """As JSON."""
     move = asked.move or {}
     grace = move.get("grace_until")
     return {

@@ -19,7 +19,7 @@ from tierd.objects.keys import object_key
 from tierd.objects.store import FileRange, Into, ObjectStore, Stored
 from tierd.stub_files import is_cold, locked, mtime_of, warm
 from tierd.stubs import Origin
-from tierd.syscalls import forced_stat
+from tierd.syscalls import begin_writeback, forced_stat
 from tierd.units import display
 
 STREAMS: Final = 4
@@ -87,13 +87,15 @@ def _keep_mtime(fd: int, st: os.stat_result, origin: Origin) -> None:
 def _bring(fd: int, origin: Origin, fetch: Fetch, progress: Progress, workers: Executor | None) -> None:
     """Each range is read back as soon as those before it are, while the next ones come."""
     digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_HASH_BYTES, origin.size)))
     with ExitStack() as stack:
         pool = workers or stack.enter_context(ThreadPoolExecutor(STREAMS, thread_name_prefix="recall"))
         for target in _landed(fd, origin, fetch, pool):
-            for offset in range(target.offset, target.offset + target.length, _HASH_BYTES):
-                digest.update(os.pread(fd, min(_HASH_BYTES, target.offset + target.length - offset), offset))
+            begin_writeback(fd, target.offset, target.length)
+            end = target.offset + target.length
+            for offset in range(target.offset, end, _HASH_BYTES):
+                digest.update(buffer[: os.preadv(fd, [buffer[: end - offset]], offset)])
             progress(target.length)
-    os.fsync(fd)
     if digest.hexdigest() != origin.sha256:
         name = display(origin.path)
         raise OSError(errno.EIO, f"{name}: what came back from the source is not what was written to it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -300,3 +301,25 @@ def test_times_are_the_databases(books: Books, source: Path) -> None:
     books.refresh()
     seen = books.rows("seen_at")[0][0]
     assert abs(seen - datetime.now(UTC)) < timedelta(minutes=5)
+
+
+@pytest.mark.parametrize(
+    ("left", "there"),
+    [("file", True), ("stub", True), ("empty directories", False), ("nothing", False), ("single stub", True)],
+)
+def test_what_a_scan_did_not_look_at_is_looked_at_before_it_is_called_gone(
+    source: Path, left: str, there: bool
+) -> None:
+    """As after models_root was changed: the scan finds nothing of it, and it is there all the same."""
+    fill(source, m__a=1)
+    (source / "models/m/sub").mkdir()
+    if left in ("stub", "empty directories", "nothing"):
+        freeze_model(source, "models/m")
+    if left in ("empty directories", "nothing"):
+        stub_of(source / "models/m/a.safetensors").unlink()
+    if left == "nothing":
+        shutil.rmtree(source / "models/m")
+    if left == "single stub":
+        (source / "models/m.gguf").write_bytes(b"x")
+        freeze({source / "models/m.gguf": None}, "models/m.gguf")
+    assert catalogue_scan.is_there(source, "models/m.gguf" if left == "single stub" else "models/m") is there

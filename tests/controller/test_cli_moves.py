@@ -146,6 +146,9 @@ def test_an_answer_is_the_leaders(site: Site) -> None:
         async def undo(self, model_id: str, reason: str = "") -> int:
             raise UsageError("no", hint="never")
 
+        async def adopt(self, model_id: str, prefix: str, reason: str) -> int:
+            raise DatabaseError("is not reached")
+
     async def main() -> None:
         async with connected(site.dsn) as session, Database(_settings(site)) as database:
             epoch = await begin_epoch(session, "test")

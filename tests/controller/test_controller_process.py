@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import DirectoryFactory
 from tests.controller.controllers import Controller, Site, running, until
+from tests.faulty import FaultySource
 
 
 @pytest.fixture
@@ -158,3 +160,25 @@ def test_a_leader_that_loses_its_session_in_the_middle_of_a_move_goes_on_after_i
     assert moving.wait_for("leading", count=2)["epoch"] == site.value("SELECT epoch FROM leader")
     assert site.value("SELECT state FROM moves") == "copying"
     assert runs_of(site) == ["interrupted"]
+
+
+def test_a_source_that_hangs_keeps_nobody_else_from_leading(site: Site, new_directory: DirectoryFactory) -> None:
+    """A thread that waits for it cannot be ended, not even with its process."""
+    with FaultySource(new_directory("faulty")) as faulty:
+        (faulty.backing / "models/llama").mkdir(parents=True)
+        (faulty.backing / "models/llama/a.safetensors").write_bytes(b"x")
+        with running(site, source=str(faulty.mountpoint), shutdown_timeout=2) as hanging:
+            try:
+                hanging.wait_for("leading")
+                with running(site, state_dir=str(site.directory / "other")) as other:
+                    other.wait_for("standby")
+                    faulty.stall("lookup", "getattr", path="models*")
+                    site.ask(
+                        "INSERT INTO job_runs (job, state, requested_by) VALUES ('scan-catalogue', 'requested', 'me')"
+                    )
+                    until(lambda: faulty.stalled("lookup") + faulty.stalled("getattr"), what=hanging.text)
+                    hanging.process.terminate()
+                    hanging.wait_for("stopped_in_the_middle")
+                    other.wait_for("leading")
+            finally:
+                faulty.release()

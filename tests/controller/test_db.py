@@ -136,6 +136,36 @@ def test_a_server_that_goes_silent_during_a_statement(
         run(main(), seconds=20)
 
 
+@pytest.mark.parametrize("within", ["connection", "transaction"])
+def test_a_task_that_is_cancelled_while_the_server_is_silent_ends(
+    postgres: PostgresServer, database: str, within: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Giving a connection back, and rolling back, fail then: that must not hide that it was cancelled."""
+    monkeypatch.setattr(db, "_ANSWER_GRACE_SECONDS", 0.2)
+
+    async def work(pool: db.Database, begun: asyncio.Event) -> None:
+        while True:
+            try:
+                async with getattr(pool, within)() as connection:
+                    await connection.execute("SELECT 1")
+                    begun.set()
+                    await connection.execute("SELECT pg_sleep(60)")
+            except (DatabaseError, OSError):
+                begun.set()
+
+    async def main() -> None:
+        async with db.Database(settings_for(database, postgres_statement_timeout=2)) as pool:
+            begun = asyncio.Event()
+            task = asyncio.create_task(work(pool, begun))
+            await begun.wait()
+            with postgres.frozen():
+                task.cancel()
+                await asyncio.wait([task], timeout=20)
+            assert task.cancelled()
+
+    run(main())
+
+
 def test_the_pool_connects_again_after_an_outage(postgres: PostgresServer, database: str) -> None:
     lost = f"^lost database {where(database)}: "
 

@@ -45,6 +45,7 @@ def test_a_model_becomes_cold_and_its_bytes_leave_after_the_grace(site: Site) ->
     run(main())
     assert {name: site.read(name) for name in FILES} == FILES
     assert site.litter() == []
+    assert run(site.value("SELECT count(*) FROM move_files")) == 0
     row = run(site.value("SELECT (tier, version, files, size_bytes, created_at) FROM model_locations"))
     assert row == ("cold", 1, 5, SIZE, created)
     assert run(site.value("SELECT (done_bytes, size_bytes) FROM moves")) == (SIZE, SIZE)
@@ -295,21 +296,38 @@ def test_a_model_that_is_wanted_before_the_switch_stays(query: str, says: str, b
     before = site.snapshot()
     effects = effects_until_switch(site)
 
+    async def one(number: int) -> None:
+        fate = Fate(0, lambda _: site.meanwhile(query) if len(fate.effects) == number else None)
+        async with site.leading(fate) as moves:
+            move = await moves.demote(MODEL, "test", by_hand=by_hand)
+            assert await moves.advance(move) is MoveState.ABANDONED, effects[number - 1]
+        assert says in str((await site.move())[2])
+        assert site.snapshot() == before
+        await site.execute("DELETE FROM node_leases")
+        await site.execute("UPDATE model_locations SET pinned = false")
+
+    for number in range(effects.index("committed plan") + 1, len(effects) + 1):
+        run(one(number))
+    own = "SELECT count(*) = count(DISTINCT version) FROM moves WHERE kind = 'demote'"
+    assert run(site.value(own)), "each has a version of its own"
+    assert run(site.value("SELECT tier FROM model_locations")) == "hot"
+
+
+@pytest.mark.parametrize("effect", ["committed copying", "begin verified"])
+def test_a_file_that_appears_before_the_switch_ends_it(effect: str, site: Site) -> None:
+    """Somebody is still downloading the model: half of it would go."""
+
+    def download(one: str) -> None:
+        if one == effect:
+            (site.model / "model-3.safetensors").write_bytes(b"part")
+
     async def main() -> None:
-        for number in range(effects.index("committed plan") + 1, len(effects) + 1):
-            fate = Fate(0, lambda _: site.meanwhile(query) if len(fate.effects) == number else None)  # noqa: B023
-            async with site.leading(fate) as moves:
-                move = await moves.demote(MODEL, "test", by_hand=by_hand)
-                assert await moves.advance(move) is MoveState.ABANDONED, effects[number - 1]
-            assert says in str((await site.move())[2])
-            assert site.snapshot() == before
-            await site.execute("DELETE FROM node_leases")
-            await site.execute("UPDATE model_locations SET pinned = false")
-        own = "SELECT count(*) = count(DISTINCT version) FROM moves WHERE kind = 'demote'"
-        assert await site.value(own), "each has a version of its own"
-        assert await site.value("SELECT tier FROM model_locations") == "hot"
+        async with site.leading(Fate(0, download)) as moves:
+            assert await moves.advance(await moves.demote(MODEL, "test")) is MoveState.ABANDONED
 
     run(main())
+    assert run(site.move())[2] == "'model-3.safetensors' appeared"
+    assert site.hot_names() == {*FILES, "unet/same.safetensors", "model-3.safetensors"}
 
 
 def test_by_hand_a_read_does_not_stop_it(site: Site) -> None:
@@ -368,6 +386,24 @@ def test_a_damaged_object_is_found_before_anything_is_switched(site: Site) -> No
     assert "damaged" in str(run(site.move())[2])
     assert site.snapshot() == before
     assert {name: site.read(name) for name in FILES} == FILES
+
+
+def test_an_object_that_somebody_wrote_over_is_not_taken_for_ours(site: Site) -> None:
+    """Whole, and with the right checksums, but not what was copied."""
+    before = site.snapshot()
+    (site.root / "other").write_bytes(b"other")
+
+    def write_over(effect: str) -> None:
+        if effect == "committed copied":
+            site.store.put_file(BUCKET, object_key(MODEL, 1, b"unet/weights.bin"), site.root / "other", 5)
+
+    async def main() -> None:
+        async with site.leading(Fate(0, write_over)) as moves:
+            assert await moves.advance(await moves.demote(MODEL, "test")) is MoveState.ABANDONED
+
+    run(main())
+    assert "damaged" in str(run(site.move())[2])
+    assert site.snapshot() == before
 
 
 def test_an_object_that_is_there_already_is_never_written_over(site: Site) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from tests.servers import run
 from tierd.controller.db import Database
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.leader import NotLeaderError, begin_epoch
+from tierd.controller.move_books import Books, StateChanged, set_state
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.moves import Moves
 from tierd.controller.steps import MoveState
 from tierd.objects.keys import manifest_key, object_key
 from tierd.recall import fetch_from, recall
+from tierd.stub_files import locked
 from tierd.stubs import COLD_MARK
 
 LEASE = "INSERT INTO node_leases VALUES ('gpu-1', 'models/llama-7b')"
@@ -89,6 +92,17 @@ def test_what_was_written_in_the_last_moment_comes_back(site: Site) -> None:
     assert len(written) == len(FILES["unet/weights.bin"])
 
 
+def test_a_write_with_a_restored_mtime_is_found(site: Site) -> None:
+    path = site.model / "unet/weights.bin"
+    mtime_ns = path.stat().st_mtime_ns
+    with path.open("r+b", buffering=0) as file:
+        run(demote(site))
+        file.write(b"other")
+        os.utime(file.fileno(), ns=(mtime_ns, mtime_ns))
+        assert run(delete(site)) is MoveState.DONE
+    assert path.read_bytes() == b"other" + FILES["unet/weights.bin"][5:]
+
+
 def test_bytes_of_a_file_that_was_removed_and_written_to_are_kept(site: Site) -> None:
     with (site.model / "unet/weights.bin").open("ab") as file:
         run(demote(site))
@@ -96,6 +110,7 @@ def test_bytes_of_a_file_that_was_removed_and_written_to_are_kept(site: Site) ->
     stub_path(site.model / "unet/weights.bin").unlink()
     assert run(delete(site)) is MoveState.DONE
     assert site.trash() == ["1/unet/weights.bin"]
+    assert run(site.value("SELECT array_agg(path) FROM move_files")) == [b"unet/weights.bin"]
     assert run(site.value("SELECT reason FROM move_events WHERE event = 'kept in the trash'")).endswith("written to")
 
 
@@ -149,6 +164,8 @@ def test_undo_leaves_no_trace(site: Site) -> None:
     assert site.snapshot() == before
     assert {name: (site.model / name).stat().st_ino for name in FILES} == inodes
     assert site.litter() == []
+    assert list(site.model.rglob(".tierd")) == []
+    assert run(site.value("SELECT count(*) FROM move_files")) == 0
     assert run(site.value("SELECT (tier, created_at) FROM model_locations")) == ("hot", created)
     assert run(site.value("SELECT array_agg(kind || ' ' || state ORDER BY id) FROM moves")) == [
         "demote abandoned",
@@ -193,6 +210,14 @@ def test_undo_keeps_what_users_changed_meanwhile(site: Site) -> None:
         )
     )
     assert left == ["'config.json'", "'model-1.safetensors'", "'unet/weights.bin'"]
+
+
+def test_a_link_that_a_user_made_to_a_cold_file_stays_one(site: Site) -> None:
+    run(demote(site))
+    os.link(stub_path(site.model / "config.json"), stub_path(site.model / "linked"))
+    assert run(undo(site)) is MoveState.DONE
+    assert site.read("linked") == FILES["config.json"]
+    assert site.hot_names() == {*FILES, "unet/same.safetensors"}
 
 
 def test_the_trash_keeps_what_the_store_lost(site: Site) -> None:
@@ -243,6 +268,67 @@ def test_a_demotion_on_its_way_can_be_undone(effect: str, site: Site) -> None:
     run(main())
     assert site.snapshot() == before
     assert site.litter() == []
+
+
+def test_nobody_waits_for_a_file_that_comes_back_just_now(site: Site) -> None:
+    """A recall may take hours, and an undo works within transactions."""
+    run(demote(site))
+    with locked(str(stub_path(site.model / "config.json"))):
+        assert run(undo(site)) is MoveState.DONE
+    assert site.read("config.json") == FILES["config.json"]
+    assert site.hot_names() == {*FILES, "unet/same.safetensors"} - {"config.json"}
+
+
+def test_effects_do_not_wait_for_long_transfers(site: Site) -> None:
+    """A transaction that waits for the thread that stores a large file would be ended by the database."""
+    run(demote(site))
+    other = replace(site, model_id="models/other")
+    other.make_model()
+    storing, go_on = threading.Event(), threading.Event()
+
+    def store_slowly(effect: str) -> None:
+        if effect == "put object":
+            storing.set()
+            assert go_on.wait(60)
+
+    async def main() -> None:
+        await other.register()
+        async with site.leading(store_slowly, parallel_files=1) as moves:
+            move = await moves.demote(other.model_id, "test")
+            work = asyncio.create_task(moves.advance(move))
+            await asyncio.to_thread(storing.wait)
+            try:
+                assert await moves.advance(await moves.undo(MODEL)) is MoveState.DONE
+            finally:
+                go_on.set()
+            assert await work is MoveState.IN_GRACE
+
+    run(main())
+
+
+def test_of_two_wishes_one_is_refused(site: Site) -> None:
+    async def main() -> None:
+        async with site.leading() as moves:
+            wishes = (moves.demote(MODEL, "one"), moves.demote(MODEL, "two"), moves.demote(MODEL, "three"))
+            done = await asyncio.gather(*wishes, return_exceptions=True)
+        assert sorted(type(one).__name__ for one in done) == ["MoveRefused", "MoveRefused", "int"]
+
+    run(main())
+
+
+def test_a_move_that_somebody_else_carried_on_is_not_set_back(site: Site) -> None:
+    async def main() -> None:
+        async with site.leading(), Database(settings_for(site.dsn)) as database:
+            books = Books(database, await site.value("SELECT epoch FROM leader"))
+            move_id = await site.value("INSERT INTO moves (kind, subject) VALUES ('demote', 'models/x') RETURNING id")
+            move = await books.move(move_id)
+            await site.execute("UPDATE moves SET state = 'verifying'")
+            with pytest.raises(StateChanged):
+                async with books.writing() as connection:
+                    await set_state(connection, books, move, MoveState.COPYING)
+            assert await site.value("SELECT state FROM moves") == "verifying"
+
+    run(main())
 
 
 # --- leaders ---

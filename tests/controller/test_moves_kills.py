@@ -118,6 +118,10 @@ CASES = {
 }
 
 
+RARE = ("renamed", "object lost")
+"""Tried in the campaign."""
+
+
 class Bench:
     """One model for each kill, all in one source."""
 
@@ -203,26 +207,24 @@ def site(schema: str, tmp_path: Path) -> Site:
     return site_of(tmp_path, schema, lease_reports=False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["demote", "delete", "undo", "abandon", *(pytest.param(name, marks=pytest.mark.campaign) for name in RARE)]
+)
 def test_killed_between_any_two_effects(name: str, site: Site) -> None:
     case = CASES[name]
+    bench = Bench(site, case)
 
-    async def main() -> list[str]:
-        bench = Bench(site, case)
+    async def kill(one: Site, last: int) -> list[str]:
+        return await leave(one, last, case)
 
-        async def kill(one: Site, last: int) -> list[str]:
-            return await leave(one, last, case)
-
-        effects = await bench.one(0, kill)
-        for last in range(1, len(effects) + 1):
-            try:
-                await bench.one(last, kill)
-            except BaseException as error:
-                error.add_note(f"killed at {last}: {effects[last - 1]}")
-                raise
-        return effects
-
-    assert len(run(main())) > 20
+    effects = run(bench.one(0, kill))
+    assert len(effects) > 20
+    for last in range(1, len(effects) + 1):
+        try:
+            run(bench.one(last, kill))
+        except BaseException as error:
+            error.add_note(f"killed at {last}: {effects[last - 1]}")
+            raise
 
 
 KILLS = 5
@@ -233,19 +235,15 @@ KILLS = 5
 def test_a_process_that_is_killed(name: str, site: Site) -> None:
     """The same with the real thing, at some of the effects."""
     case = CASES[name]
+    bench = Bench(site, case)
+    count = len(run(bench.one(0, lambda one, last: leave(one, last, case))))
 
-    async def main() -> None:
-        bench = Bench(site, case)
-        count = len(await bench.one(0, lambda one, last: leave(one, last, case)))
+    async def kill(one: Site, last: int) -> list[str]:
+        words = [str(one.root), one.dsn, one.model_id, name, str(last)]
+        child = [sys.executable, "-m", "tests.controller.move_child", *words]
+        process = await asyncio.create_subprocess_exec(*child, env=environment({}), cwd=REPOSITORY)
+        assert await process.wait() == -signal.SIGKILL
+        return []
 
-        async def kill(one: Site, last: int) -> list[str]:
-            words = [str(one.root), one.dsn, one.model_id, name, str(last)]
-            child = [sys.executable, "-m", "tests.controller.move_child", *words]
-            process = await asyncio.create_subprocess_exec(*child, env=environment({}), cwd=REPOSITORY)
-            assert await process.wait() == -signal.SIGKILL
-            return []
-
-        for number in range(KILLS):
-            await bench.one(1 + (2 * number + 1) * count // (2 * KILLS), kill)
-
-    run(main())
+    for number in range(KILLS):
+        run(bench.one(1 + (2 * number + 1) * count // (2 * KILLS), kill))

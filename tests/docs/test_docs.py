@@ -16,7 +16,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 _RUN = re.compile(r"<!-- run: (?P<name>\S+) -->\n```sh\n(?P<code>.*?)```", re.DOTALL)
 _PYTHON = re.compile(r"```python\n(?P<code>.*?)```", re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:)(?P<target>[^)#]+)")
-_BLOCK_SECONDS = 60
+_BLOCK_SECONDS = 180
 
 
 def _commands() -> list[tuple[str, str]]:
@@ -31,7 +31,7 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(("name", "code"), _commands())
 def test_commands_of_the_docs_run(name: str, code: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    database = {"TIERDCTL_POSTGRES": request.getfixturevalue("database")} if name == "controller" else {}
+    database = {"TIERDCTL_POSTGRES": request.getfixturevalue("database")} if name in ("controller", "moves") else {}
     env = _environment() | database
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code],

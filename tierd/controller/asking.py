@@ -55,8 +55,9 @@ async def ask_for(
     kind: str,
     model_id: str,
     tell: Callable[[Asked], None] = lambda _: None,
+    prefix: str = "",
 ) -> Asked:
-    """Have it done, and wait for its end. `tell` hears of it every now and then.
+    """Have it done, and wait for its end. `tell` hears of it every now and then; `prefix` is that of an import.
 
     When this is cancelled, a wish that nobody had answered is withdrawn; a move that runs elsewhere goes on, one that
     runs here is resumed by the next leader. Raises UsageError, DatabaseError.
@@ -64,7 +65,7 @@ async def ask_for(
     place = Workplace(settings, environ) if settings.source is not None else None
     async with connected(settings) as connection:
         await require_current(connection)
-        wish = await move_wishes.ask(connection, kind, model_id, holder())
+        wish = await move_wishes.ask(connection, kind, model_id, holder(), prefix)
         try:
             return await _see_through(connection, wish, place, tell)
         except BaseException:

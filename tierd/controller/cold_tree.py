@@ -91,7 +91,12 @@ def directories(tree: HotTree, top: bytes) -> Iterator[bytes]:
         waiting.extend(path + b"/" + name if path else name for name in names if name != RESERVED)
 
 
-def _stubs_in(tree: HotTree, directory: bytes) -> list[StubName]:
+def all_stubs(tree: HotTree, directory: bytes) -> list[StubName]:
+    """Those of one directory, hidden or not."""
+    return _stubs_in(tree, directory, hidden=True)
+
+
+def _stubs_in(tree: HotTree, directory: bytes, *, hidden: bool = False) -> list[StubName]:
     with opened_layer(tree, directory) as layer:
         if layer is None:
             return []
@@ -101,7 +106,7 @@ def _stubs_in(tree: HotTree, directory: bytes) -> list[StubName]:
             with suppress(FileNotFoundError):
                 st = forced_stat(layer.stubs, name)
                 hot = _inode_of(layer.directory, name)
-                if stat.S_ISREG(st.st_mode) and hot in (None, st.st_ino):
+                if stat.S_ISREG(st.st_mode) and (hidden or hot in (None, st.st_ino)):
                     cold = is_cold(st)
                     found.append(StubName(directory, name, st.st_ino, cold, origins.get(st.st_ino) if cold else None))
         return found

@@ -11,7 +11,7 @@ import errno
 import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol, Self
 
 import asyncpg  # type: ignore[import-untyped]
@@ -98,7 +98,15 @@ class Database:
             if not _is_lost(connection):
                 raise
             raise DatabaseError(f"lost database {self.address}: closed", hint=_hint(error)) from error
+        except Exception as error:
+            heed_cancellation(error)
+            raise
         finally:
+            await self._release(connection)
+
+    async def _release(self, connection: Connection) -> None:
+        """What the block had to say is not hidden by a server that does not answer: the connection is closed then."""
+        with suppress(*_AWAY):
             await self._pool.release(connection)
 
     @asynccontextmanager
@@ -121,6 +129,14 @@ async def connected(settings: ControllerSettings) -> AsyncIterator[Connection]:
             await connection.close(timeout=_CLOSE_SECONDS)
         except _AWAY:
             connection.terminate()
+
+
+def heed_cancellation(error: BaseException) -> None:
+    """Raises CancelledError if the task was cancelled: what goes wrong afterwards, such as a rollback, or a wait that
+    ends just then, would hide it, and the task would go on for ever."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError from error
 
 
 def _is_lost(connection: Connection) -> bool:

@@ -23,6 +23,7 @@ from tierd.controller.move_books import (
     Move,
     add_files,
     add_move,
+    forget_files,
     lock_model,
     note,
     read_files,
@@ -276,6 +277,7 @@ class Demotion:
         async with self._shop.fenced("end", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
             await self._shop.effect(stubbing.clear, stubbing.trash)
+            await forget_files(fence.connection, move.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
         return True
 

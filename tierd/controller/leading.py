@@ -92,15 +92,16 @@ async def lead(
                 await require_current(session)
                 reached = True
                 epoch = await _begin(session, holder, standing, pause)
-                await _hold(session, epoch, standing, work)
+                await _hold(session, epoch, standing, work, settings.shutdown_timeout / 2)
         except SchemaError:
             raise
         except NotLeaderError as error:
             standing.lost(error)
         except DatabaseError as error:
             if standing.phase is Phase.LEADING:
-                standing.lost(error)
-            standing.away(error)
+                standing.lost(error)  # away, or only our session: the next try tells
+            else:
+                standing.away(error)
         except (TierdError, OSError) as error:
             hint = error.hint if isinstance(error, TierdError) else ""
             log.error("work_impossible", reason=reason_of(error), hint=hint)
@@ -118,7 +119,7 @@ async def lead_once(settings: ControllerSettings, holder: str, work: Work) -> bo
             epoch = await begin_epoch(session, holder)
         except NotLeaderError:
             return False
-        await _hold(session, epoch, Standing(), work)
+        await _hold(session, epoch, Standing(), work, settings.shutdown_timeout / 2)
     return True
 
 
@@ -131,14 +132,18 @@ async def _begin(session: Connection, holder: str, standing: Standing, pause: Pa
         await pause(STANDBY_SECONDS)
 
 
-async def _hold(session: Connection, epoch: int, standing: Standing, work: Work) -> None:
-    """Do the work for as long as the session lives. Raises DatabaseError if that ends first."""
+async def _hold(session: Connection, epoch: int, standing: Standing, work: Work, patience_s: float) -> None:
+    """Do the work for as long as the session lives. Raises DatabaseError if that ends first.
+
+    Work that does not end, because a thread waits for a source that hangs, is waited for; but the session is given up
+    after a while, so that somebody else can lead. (Such a thread keeps even a killed process, and its sockets.)
+    """
 
     async def do() -> None:
         await work(epoch)
 
     standing.leading(epoch)
-    await together(_watch(session), do())
+    await together(_watch(session), do(), late_s=patience_s, late=session.terminate)
 
 
 async def _watch(session: Connection) -> None:

@@ -212,6 +212,11 @@ async def set_state(connection: Connection, books: Books, move: Move, state: Mov
     await note(connection, move.id, move.subject, state, reason)
 
 
+async def forget_files(connection: Connection, move_id: int) -> None:
+    """A move at its end needs no list of its files any more, but for those that were kept in the trash."""
+    await connection.execute(sql.FORGET_FILES, move_id)
+
+
 async def note(
     connection: Connection, move_id: int | None, subject: str, event: str, reason: str = "", **detail: Any
 ) -> None:

@@ -6,6 +6,7 @@ wish that is answered twice, because a leader died in between, is answered with 
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
@@ -17,12 +18,11 @@ from tierd.objects.keys import shown, validate_model_id
 
 log = structlog.get_logger(__name__)
 
-KINDS: Final = ("demote", "promote", "undo")
 _AT_ONCE: Final = 16
 _KEPT: Final = 1000
 
-_COLUMNS = "id, kind, model_id, requested_by, state, move_id, answer, hint"
-_ASK = "INSERT INTO move_wishes (kind, model_id, requested_by) VALUES ($1, $2, $3) RETURNING id"
+_COLUMNS = "id, kind, model_id, requested_by, state, move_id, answer, hint, prefix"
+_ASK = "INSERT INTO move_wishes (kind, model_id, requested_by, prefix) VALUES ($1, $2, $3, $4) RETURNING id"
 _LOOK = f"SELECT {_COLUMNS} FROM move_wishes WHERE id = $1"
 _ASKED = f"SELECT {_COLUMNS} FROM move_wishes WHERE state = 'asked' ORDER BY id LIMIT $1"
 _WITHDRAW = "UPDATE move_wishes SET state = 'withdrawn', answered_at = now() WHERE id = $1 AND state = 'asked'"
@@ -37,7 +37,7 @@ SELECT id FROM moves WHERE subject = $1 AND finished_at IS NULL
   AND (kind = $2::text OR $2::text = 'promote' AND kind = 'undo') AND abandoning IS NULL
 """
 _MOVE = """
-SELECT kind, state, coalesce(size_bytes, 0) AS size_bytes, done_bytes, error, abandoning, grace_until,
+SELECT kind, state, coalesce(size_bytes, 0) AS size_bytes, done_bytes, error, abandoning, grace_until, detail,
     (SELECT reason FROM move_events e WHERE e.move_id = m.id AND e.event = m.state ORDER BY id DESC LIMIT 1) AS reason
 FROM moves m WHERE id = $1
 """
@@ -54,6 +54,7 @@ class Wish(NamedTuple):
     move_id: int | None
     answer: str
     hint: str
+    prefix: str
 
 
 class Plans(Protocol):
@@ -62,11 +63,15 @@ class Plans(Protocol):
     async def demote(self, model_id: str, reason: str, *, by_hand: bool = False) -> int: ...
     async def promote(self, model_id: str, reason: str, *, by_hand: bool = False) -> int: ...
     async def undo(self, model_id: str, reason: str = "by hand") -> int: ...
+    async def adopt(self, model_id: str, prefix: str, reason: str) -> int: ...
 
 
-async def ask(connection: Connection, kind: str, model_id: str, by: str) -> int:
-    """Ask the leader for it; the wish. Raises UsageError for what can be no model."""
-    wish: int = await connection.fetchval(_ASK, kind, validate_model_id(model_id), by)
+async def ask(connection: Connection, kind: str, model_id: str, by: str, prefix: str = "") -> int:
+    """Ask the leader for it; the wish. `prefix` is where the objects of an import are. Raises UsageError for what can
+    be no model."""
+    if kind == "import":
+        validate_model_id(prefix)
+    wish: int = await connection.fetchval(_ASK, kind, validate_model_id(model_id), by, prefix)
     return wish
 
 
@@ -83,7 +88,7 @@ async def look_at_move(connection: Connection, move: int) -> dict[str, Any]:
     row = await connection.fetchrow(_MOVE, move)
     if row is None:
         raise DatabaseError(f"move {move} is gone from the table moves", hint="was the database restored?")
-    return dict(row)
+    return dict(row) | {"detail": json.loads(row["detail"])}
 
 
 async def withdraw(connection: Connection, wish: int) -> None:
@@ -133,6 +138,8 @@ class Answers:
             return await self._moves.demote(wish.model_id, reason, by_hand=True)
         if wish.kind == "promote":
             return await self._moves.promote(wish.model_id, reason, by_hand=True)
+        if wish.kind == "import":
+            return await self._moves.adopt(wish.model_id, wish.prefix, reason)
         return await self._moves.undo(wish.model_id, reason)
 
     async def _tell(self, wish: Wish, state: str, move: int | None, answer: str = "", hint: str = "") -> None:

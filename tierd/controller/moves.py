@@ -17,8 +17,9 @@ from tierd.controller import moves_sql as sql
 from tierd.controller.db import Database
 from tierd.controller.demotion import Demotion
 from tierd.controller.hot_tree import HotTree
+from tierd.controller.importing import Importing
 from tierd.controller.leader import NotLeaderError
-from tierd.controller.move_books import Move, StateChanged, add_move, hold, note, read_move, set_state
+from tierd.controller.move_books import Move, StateChanged, add_move, forget_files, hold, note, read_move, set_state
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.move_workshop import MoveSettings, Workshop
 from tierd.controller.promotion import Promotions
@@ -63,10 +64,12 @@ class Moves:
         self._returning = Returning(self._shop)
         self._demotion = Demotion(self._shop, self._returning)
         self._promotions = Promotions(self._shop)
+        self._importing = Importing(self._shop)
         self._steps: dict[MoveKind, Mapping[MoveState, Step]] = {
             MoveKind.DEMOTE: self._demotion.steps,
             MoveKind.UNDO: self._returning.undo_steps,
             MoveKind.PROMOTE: self._promotions.steps,
+            MoveKind.IMPORT: self._importing.steps,
         }
 
     def __enter__(self) -> Self:
@@ -94,6 +97,13 @@ class Moves:
             with suppress(MoveRefused):  # it may end this moment
                 return await self.undo(model_id, reason)
         return await self._promotions.plan(model_id, reason, by_hand=by_hand)
+
+    async def adopt(self, model_id: str, prefix: str, reason: str) -> int:
+        """Plan to make a cold model of objects that somebody else put below a prefix of the bucket; the move's ID.
+
+        Raises MoveRefused, UsageError, ObjectError.
+        """
+        return await self._importing.plan(model_id, prefix, reason)
 
     async def _is_in_grace(self, model_id: str) -> bool:
         async with self._shop.books.writing() as connection:
@@ -179,7 +189,9 @@ class Moves:
                 attempts = await connection.fetchval(
                     sql.NOTE_ERROR, move.id, str(error), 0 if waits else 1, books.epoch
                 )
-                if attempts >= self._shop.settings.attempts and move.state in UNTOUCHED:
+                ends = move.kind is not MoveKind.UNDO and move.state in UNTOUCHED
+                if ends and attempts >= self._shop.settings.attempts:
+                    await forget_files(connection, move.id)
                     await set_state(connection, books, move, MoveState.FAILED, str(error))
                     return MoveState.FAILED
                 await note(connection, move.id, move.subject, "waiting" if waits else "failing", str(error))

@@ -100,6 +100,9 @@ FROM unnest($2::bytea[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[])
 WHERE m.move_id = $1 AND m.path = f.path
 """
 
+# What was kept in the trash is still to be found here.
+FORGET_FILES: Final = "DELETE FROM move_files WHERE move_id = $1 AND state <> 'kept'"
+
 SET_PROGRESS: Final = """
 UPDATE moves SET updated_at = now(), done_bytes = (
     SELECT coalesce(sum(size_bytes), 0) FROM move_files WHERE move_id = $1 AND state <> 'planned')
@@ -111,6 +114,14 @@ SET_DONE_BYTES: Final = "UPDATE moves SET done_bytes = $2, updated_at = now() WH
 # created_at is not among what changes: age goes on.
 SET_COLD: Final = """
 UPDATE model_locations SET tier = 'cold', version = $2, files = $3, size_bytes = $4 WHERE model_id = $1
+"""
+
+PLANNED_NS: Final = "SELECT (extract(epoch FROM created_at) * 1000000000)::bigint FROM moves WHERE id = $1"
+
+# One that is hot keeps what is known of it: the files that came are beside its own.
+ADD_IMPORTED: Final = """
+INSERT INTO model_locations (model_id, tier, size_bytes, files, imported) VALUES ($1, 'cold', $2, $3, true)
+ON CONFLICT (model_id) DO UPDATE SET imported = true
 """
 
 SET_HOT: Final = "UPDATE model_locations SET tier = 'hot' WHERE model_id = $1"

@@ -7,15 +7,27 @@ trash only if its object was read again and is right, because a stub elsewhere m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final
 
+from tierd.controller import cold_tree
 from tierd.controller import moves_sql as sql
 from tierd.controller.cold_copy import ColdCopy, sha256_of
 from tierd.controller.file_calls import same
-from tierd.controller.hot_tree import split
-from tierd.controller.move_books import FileNews, Move, StateChanged, note, read_files, set_files, set_state
+from tierd.controller.hot_tree import joined, split
+from tierd.controller.move_books import (
+    FileNews,
+    Move,
+    StateChanged,
+    forget_files,
+    note,
+    read_files,
+    set_files,
+    set_state,
+)
 from tierd.controller.move_file import MoveFile
 from tierd.controller.move_workshop import Fence, Workshop, subject_of
 from tierd.controller.steps import FileState, MoveState
@@ -39,6 +51,7 @@ class Returning:
     async def abandon(self, move: Move, reason: str) -> bool:
         """One that changed nothing in the source is over."""
         async with self._shop.fenced("abandon", move) as fence:
+            await forget_files(fence.connection, move.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.ABANDONED, reason)
         return True
 
@@ -53,8 +66,9 @@ class Returning:
         await self._return_files(move, move)
         async with self._shop.fenced("abandon", move) as fence:
             await self._tidy(fence, move)
-            if move.state is MoveState.DELETING and await _all_are_back(fence, move):
+            if move.state is MoveState.DELETING and _all_are_back(await read_files(fence.connection, move.id)):
                 await fence.connection.execute(sql.SET_HOT, move.subject)
+            await forget_files(fence.connection, move.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.ABANDONED, move.abandoning or "")
         return True
 
@@ -71,6 +85,7 @@ class Returning:
         async with self._shop.fenced("become hot", move) as fence:
             await self._tidy(fence, demotion)
             await fence.connection.execute(sql.SET_HOT, move.subject)
+            await forget_files(fence.connection, demotion.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
         return True
 
@@ -101,15 +116,26 @@ class Returning:
 
     async def _tidy(self, fence: Fence, demotion: Move) -> None:
         stubbing = self._shop.stubbing(fence, demotion)
-        if await _all_are_back(fence, demotion):
+        files = await read_files(fence.connection, demotion.id)
+        if _all_are_back(files):
             await self._shop.effect(stubbing.remove_manifest, manifest_name(demotion))
+            await self._shop.effect(_clear_layers, self._shop, fence, demotion, files)
         await self._shop.effect(stubbing.clear, stubbing.drafts)
         await self._shop.effect(stubbing.clear, stubbing.trash)
 
 
-async def _all_are_back(fence: Fence, demotion: Move) -> bool:
-    files = await read_files(fence.connection, demotion.id)
+def _all_are_back(files: Sequence[MoveFile]) -> bool:
     return all(moved.state is FileState.RESTORED for moved in files)
+
+
+def _clear_layers(workshop: Workshop, fence: Fence, demotion: Move, files: Sequence[MoveFile]) -> None:
+    """That directories had stubs is forgotten where there are none any more: users may have made links to some."""
+    base = subject_of(demotion).base
+    for directory in sorted({split(name)[0] for moved in files for name in moved.file.names()} | {b""}):
+        fence.at("clear layer")
+        with suppress(FileNotFoundError):
+            cold_tree.forget(workshop.tree, joined(base, directory), ())
+        fence.at("cleared layer")
 
 
 def _return(stubbing: Stubbing, moved: MoveFile) -> tuple[bytes, str]:

@@ -23,7 +23,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from tierd.controller import output_books
 from tierd.controller import statistics_sql as sql
-from tierd.controller.db import Connection, Database
+from tierd.controller.db import Connection, Database, heed_cancellation
 from tierd.controller.statistics_plan import Boot, Known, Plan, Received, age_ns, plan
 from tierd.errors import DatabaseError
 from tierd.metrics import FoldMetrics
@@ -108,6 +108,7 @@ class StatisticsFold:
         try:
             more = await self.fold()
         except _AWAY as error:
+            heed_cancellation(error)
             self._metrics.failed()
             if not self._failing:
                 reason = " ".join(str(error).split()) or type(error).__name__

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final
 
 import asyncpg  # type: ignore[import-untyped]
 import structlog
 from redis.exceptions import RedisError
 
+from tierd.controller.db import heed_cancellation
 from tierd.controller.leader import NotLeaderError
 from tierd.errors import TierdError
 
@@ -20,20 +21,36 @@ AWAY: Final = (TierdError, RedisError, OSError, asyncpg.PostgresError)
 Pause = Callable[[float], Awaitable[None]]
 
 
-async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Run all until one ends or fails; the others are cancelled, and have ended, when this returns or raises."""
+async def together(
+    *coroutines: Coroutine[Any, Any, None], late_s: float | None = None, late: Callable[[], None] = lambda: None
+) -> None:
+    """Run all until one ends or fails; the others are cancelled, and have ended, when this returns or raises.
+
+    If they have not ended `late_s` after that, `late` is called once.
+    """
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
-        endings = await asyncio.gather(*tasks, return_exceptions=True)
+        endings = await _ended(tasks, late_s, late)
     for task, ending in zip(tasks, endings, strict=True):
         if task not in done and isinstance(ending, Exception):
             log.warning("task_ended_badly", reason=reason_of(ending))
     for task in done:
         task.result()
+
+
+async def _ended(
+    tasks: Sequence[asyncio.Task[None]], late_s: float | None, late: Callable[[], None]
+) -> list[BaseException | None]:
+    """Cancel them, once: who is cancelled again while he waits for a thread would leave it behind."""
+    for task in tasks:
+        task.cancel()
+    ending = asyncio.gather(*tasks, return_exceptions=True)
+    if late_s is not None and (await asyncio.wait(tasks, timeout=late_s))[1]:
+        log.warning("work_does_not_end", after_seconds=late_s, reason="a thread is at work: does the source hang?")
+        late()
+    return await ending
 
 
 async def steadily(
@@ -52,11 +69,13 @@ async def steadily(
         except NotLeaderError:
             raise
         except AWAY as error:
+            heed_cancellation(error)
             if not failing:
                 hint = error.hint if isinstance(error, TierdError) else ""
                 log.warning("task_failing", task=name, reason=reason_of(error), hint=hint)
             failing = True
-        except Exception:
+        except Exception as error:
+            heed_cancellation(error)
             if not failing:
                 log.exception("task_defect", task=name)
             failing = True

@@ -48,7 +48,13 @@ class _Answers:
         self._daemon = daemon
         self._slow = trio.CapacityLimiter(2)
         self._control = (
-            TierControl(daemon.tier, daemon.index, daemon.settings.source, lambda: self._walk().size_bytes)
+            TierControl(
+                daemon.tier,
+                daemon.index,
+                daemon.settings.source,
+                lambda: self._walk().size_bytes,
+                daemon.publisher.exchange.wishes.loaded if daemon.publisher is not None else lambda path: None,
+            )
             if daemon.tier is not None
             else None
         )

@@ -10,7 +10,6 @@ Contract: blocking, for worker threads. Which copies there are, and in which ord
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import xxhash
 
+from tierd.syscalls import begin_writeback
 from tierd.units import display
 
 CHUNK_BYTES: Final = 4 << 20
@@ -28,13 +28,9 @@ SUM_BYTES: Final = 16
 META, FILL = ".meta", ".fill"
 """Endings of the file that seals a copy, and of a file that is not whole yet."""
 _META_BYTES_MAX: Final = 64 << 20
-_SYNC_FILE_RANGE_WRITE: Final = 2
-"""sync_file_range(2): start writing now, so that the commit's fdatasync finds little left to do."""
 
 OPEN_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """What lies there may be anything by now: no link is followed, and a pipe is not waited for."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Identity(NamedTuple):
@@ -108,9 +104,7 @@ class Draft:
     def seal_chunk(self, chunk: int, digest: bytes) -> None:
         """All bytes of a chunk were written; their `checksum`. Their way to the disk begins now."""
         self.sums[chunk * SUM_BYTES : (chunk + 1) * SUM_BYTES] = digest
-        _libc.sync_file_range(
-            self.fd, ctypes.c_int64(chunk * CHUNK_BYTES), ctypes.c_int64(CHUNK_BYTES), _SYNC_FILE_RANGE_WRITE
-        )
+        begin_writeback(self.fd, chunk * CHUNK_BYTES, CHUNK_BYTES)
 
     def close(self) -> None:
         """No reader needs it any longer."""

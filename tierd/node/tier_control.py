@@ -36,13 +36,21 @@ Row = dict[str, Any]
 
 
 class TierControl:
-    """See the module. `all_models` walks the source for names."""
+    """See the module. `all_models` walks the source for names; `warmed` is told of a path in a model that is warmed."""
 
-    def __init__(self, parts: TierParts, index: Index, source: Path, all_models: Callable[[], Iterable[bytes]]) -> None:
+    def __init__(
+        self,
+        parts: TierParts,
+        index: Index,
+        source: Path,
+        all_models: Callable[[], Iterable[bytes]],
+        warmed: Callable[[bytes], None] = lambda path: None,
+    ) -> None:
         self._parts = parts
         self._index = index
         self._source = source
         self._all_models = all_models
+        self._warmed = warmed
         self._check = _Check()
 
     # --- names ---
@@ -70,6 +78,7 @@ class TierControl:
             if not files:
                 raise UsageError(f"{display(model)} is not in the source", hint="`tierd models` lists what is there")
             self._parts.tier.want_files(model, files, Priority.ASKED)
+            self._warmed(files[0].path)
         return {"models": [self.progress(model, files) for model, files in found.items()]}
 
     def progress_of(self, names: Sequence[str]) -> Row:

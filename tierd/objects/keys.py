@@ -25,6 +25,8 @@ NAME_BYTES_MAX: Final = 255
 """NAME_MAX of Linux (limits.h)."""
 VERSION_MAX: Final = (1 << 31) - 1
 """PostgreSQL's integer."""
+IMPORTED: Final = 0
+"""Stands for the version of objects that tierd did not write: their keys are `MODEL/PATH`, as plain as it gets."""
 _SHOWN_CHARS: Final = 80
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.~\-\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3]")
@@ -95,8 +97,37 @@ def _fault_of_path(path: bytes) -> str:
 
 
 def object_key(model_id: str, version: int, path: bytes) -> str:
-    """The key of a model's file. Raises UsageError for what is no name, and for one that is too long."""
+    """The key of a model's file. Raises UsageError for what is no name, and for one that is too long.
+
+    That of version 0 (IMPORTED) is no key of ours. No such key is one of another version, because no part of it looks
+    like a version.
+    """
+    if version == IMPORTED:
+        return _plain_key(validate_model_id(model_id), path)
     return _checked_length("/".join([*_top(model_id, version), *map(_encoded, path_parts(path))]))
+
+
+def _plain_key(model_id: str, path: bytes) -> str:
+    path_parts(path)
+    try:
+        key = check_key(f"{model_id}/{path.decode()}")
+    except UnicodeDecodeError:
+        raise UsageError(f"path {shown(path)}: is not UTF-8", hint="copy the object to a plain name") from None
+    if any(_LOOKS_LIKE_VERSION.fullmatch(part) for part in key.split("/")):
+        raise UsageError(
+            f"key {shown(key)} has a part that looks like a version", hint="copy the object to another name"
+        )
+    return key
+
+
+def is_ours(key: str) -> bool:
+    """True if tierd wrote the object of this key: a file of a model, or a manifest."""
+    *above, name = key.split("/")
+    try:
+        parse_key("/".join([*above, "x"]) if name == ".manifest" and above and _VERSION.fullmatch(above[-1]) else key)
+    except UsageError:
+        return False
+    return True
 
 
 def manifest_key(model_id: str, version: int) -> str:
