@@ -110,3 +110,9 @@ def below(path: bytes, root: bytes) -> bytes | None:
     if not root:
         return path
     return path.removeprefix(root + b"/") if path.startswith(root + b"/") else None
+
+
+def is_day(name: str, root: bytes) -> bool:
+    """Whether `name`, as an origin or a move has it, is that of a day's directory below the outputs root."""
+    directory = below(name.encode("utf-8", "surrogateescape"), root)
+    return directory is not None and not isinstance(day_of(directory), Fault)

@@ -3,117 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from tests.controller.house import connected, settings_for
+from tests.controller.house import settings_for
+from tests.controller.outputs import BUCKET, DAY, OLD_NS, House, Killed, sha
 from tests.servers import run
 from tierd.controller import output_books
 from tierd.controller.db import Database
-from tierd.controller.hot_tree import HotTree
-from tierd.controller.leader import NotLeaderError, begin_epoch
-from tierd.controller.output_backup import BackupSettings, OutputBackup, key_of
-from tierd.controller.output_files import OutputFiles
-from tierd.controller.output_scan import OutputScan, Scanned
+from tierd.controller.leader import NotLeaderError
+from tierd.controller.output_scan import Scanned
 from tierd.controller.statistics_plan import OutputSum
 from tierd.objects.directory import DirectoryStore
-from tierd.output_metrics import OutputMetrics
-
-BUCKET = "generated-outputs"
-DAY = "user123/2026/01/12"
-OLD_NS = 1_700_000_000_000_000_000
-
-
-class Killed(BaseException):
-    """The process ended here."""
-
-
-@dataclass
-class House:
-    """A source with outputs, an object store and a database."""
-
-    root: Path
-    dsn: str
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
-
-    def __post_init__(self) -> None:
-        (self.root / "source/outputs").mkdir(parents=True)
-        (self.root / "objects").mkdir()
-        self.store = DirectoryStore(self.root / "objects")
-        self.metrics = OutputMetrics(self.registry)
-
-    @property
-    def outputs(self) -> Path:
-        return self.root / "source/outputs"
-
-    def write(self, path: str, content: bytes = b"png") -> str:
-        """A file below the outputs root, written long ago."""
-        file = self.outputs / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-        for each in (file, file.parent):
-            os.utime(each, ns=(OLD_NS, OLD_NS))
-        return path
-
-    def make(self, day: str = DAY, ending: str = "png", content: bytes = b"png", name: str | None = None) -> str:
-        """An output; its path below the outputs root."""
-        return self.write(f"{day}/{name or uuid4()}.{ending}", content)
-
-    async def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        async with connected(self.dsn) as connection:
-            return [tuple(row) for row in await connection.fetch(query, *values)]
-
-    @asynccontextmanager
-    async def leading(self, at: Callable[[str], None] = lambda effect: None) -> AsyncIterator[Leader]:
-        """What a leader has."""
-        async with connected(self.dsn) as session, Database(settings_for(self.dsn)) as database:
-            epoch = await begin_epoch(session, "test")
-            tree = HotTree(self.root / "source")
-            files = OutputFiles(tree, b"outputs")
-            settings = BackupSettings(BUCKET, self.root / "state")
-            backup = OutputBackup(database, epoch, files, self.store, settings, self.metrics, at)
-            try:
-                yield Leader(database, files, backup)
-            finally:
-                await asyncio.to_thread(backup.close)
-                tree.close()
-
-    def object(self, path: str, version: int = 1) -> bytes | None:
-        """The bytes of an object."""
-        file = self.root / "objects" / BUCKET / key_of(b"outputs", path.encode(), version)
-        return file.read_bytes() if file.is_file() else None
-
-    async def told(self, path: str, **ages_ns: int) -> None:
-        """A node told of it."""
-        async with Database(settings_for(self.dsn)) as database, database.transaction() as connection:
-            await output_books.tell(connection, {path: OutputSum(**ages_ns)}, 0)
-
-
-@dataclass
-class Leader:
-    database: Database
-    files: OutputFiles
-    backup: OutputBackup
-
-    async def scan(self, gone_max: float = 0.5, **more: bool) -> Scanned:
-        async def tell(_: str) -> None:
-            """Nobody listens."""
-
-        return await OutputScan(self.database, self.files, gone_max=gone_max, tell=tell, **more).run()
-
-    async def back_up(self) -> None:
-        while await self.backup.round():
-            pass
 
 
 @pytest.fixture
@@ -122,10 +28,6 @@ def house(tmp_path: Path, schema: str) -> House:
 
 
 STATE = "SELECT hot_storage, cold_storage, version, encode(sha256, 'hex'), pending_since IS NULL FROM generated_outputs"
-
-
-def sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 # --- registering ---
@@ -410,7 +312,7 @@ def test_news_that_come_during_a_copy_are_looked_at(house: House) -> None:
 
         await house.told(path, written_age_ns=1)
         async with house.leading(at) as leader:
-            await leader.backup.round()
+            await leader.work.output_backup.round()
             assert await house.rows(STATE) == [(True, True, 1, sha(b"png"), False)]
             await leader.back_up()
         assert await house.rows(STATE) == [(True, True, 1, sha(b"png"), True)]
@@ -432,7 +334,7 @@ def test_a_backup_killed_at_any_step_goes_on(house: House, effect: str) -> None:
         await house.told(path, written_age_ns=1)
         with pytest.raises(Killed):
             async with house.leading(at) as leader:
-                await leader.backup.round()
+                await leader.work.output_backup.round()
         ((cold, there),) = await house.rows("SELECT cold_storage, sha256 IS NOT NULL FROM generated_outputs")
         assert cold == there == (effect == "ended copy"), "cold only once that is verified"
         async with house.leading() as leader:
@@ -451,7 +353,7 @@ def test_who_no_longer_leads_writes_nothing(house: House) -> None:
         async with house.leading() as leader:
             await house.rows("UPDATE leader SET epoch = epoch + 1 RETURNING 1")
             with pytest.raises(NotLeaderError):
-                await leader.backup.round()
+                await leader.work.output_backup.round()
         assert await house.rows(STATE) == [(True, False, 0, None, False)]
 
     run(main())

@@ -14,6 +14,7 @@ from typing import Final, Self
 import structlog
 
 from tierd.controller import moves_sql as sql
+from tierd.controller import output_moves
 from tierd.controller.db import Database
 from tierd.controller.demotion import Demotion
 from tierd.controller.hot_tree import HotTree
@@ -22,6 +23,7 @@ from tierd.controller.leader import NotLeaderError
 from tierd.controller.move_books import Move, StateChanged, add_move, forget_files, hold, note, read_move, set_state
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.move_workshop import MoveSettings, Workshop
+from tierd.controller.output_moves import Day
 from tierd.controller.promotion import Promotions
 from tierd.controller.returning import Returning, begin_abandoning
 from tierd.controller.steps import FINAL, UNTOUCHED, MoveKind, MoveState
@@ -87,6 +89,14 @@ class Moves:
         Raises MoveRefused, UsageError.
         """
         return await self._demotion.plan(model_id, reason, by_hand=by_hand)
+
+    async def demote_outputs(self, day: Day, reason: str) -> int:
+        """Plan to take outputs of a day to the cold tier, those that are backed up; the move's ID.
+
+        Raises MoveRefused, UsageError.
+        """
+        async with self._shop.fenced("plan") as fence:
+            return await output_moves.plan(fence.connection, self._shop.books, day, reason)
 
     async def promote(self, model_id: str, reason: str, *, by_hand: bool = False) -> int:
         """Plan to bring a model back to the hot tier; the move's ID: an undo while its files are still in the trash.

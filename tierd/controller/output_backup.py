@@ -21,11 +21,12 @@ import structlog
 
 from tierd.controller import output_books as books
 from tierd.controller import outputs_sql as sql
+from tierd.controller.cold_copy import sha256_of
 from tierd.controller.db import Database
 from tierd.controller.leader import NotLeaderError
 from tierd.controller.move_books import Books
-from tierd.controller.output_books import FileVersion, Pending
-from tierd.controller.output_files import OutputFiles, sha256_of, version_of
+from tierd.controller.output_books import FileVersion, Pending, signed
+from tierd.controller.output_files import OutputFiles, version_of
 from tierd.controller.tasks import reason_of
 from tierd.errors import DatabaseError, TierdError
 from tierd.objects.keys import object_key, shown
@@ -126,13 +127,14 @@ class OutputBackup:
         if found.hot is None:
             await self._execute(sql.NOT_HOT, one.output_id, one.news, found.stub)
         elif one.cold and await self._run(self._is_copied, one, found.hot):
-            await self._execute(sql.STILL_COPIED, one.output_id, one.news, found.hot.ctime_ns)
+            times = found.hot.mtime_ns, found.hot.ctime_ns
+            await self._execute(sql.STILL_COPIED, one.output_id, one.news, signed(found.hot.inode), *times)
         else:
             await self._copy(one, found.hot)
 
     def _is_copied(self, one: Pending, found: FileVersion) -> bool:
-        """Whether the file is the one that the object was made of. If only its ctime changed, its bytes say."""
-        if one.copied is None or one.copied[:3] != found[:3]:
+        """Whether the file has the bytes of the object. If anything else of it changed, they are compared."""
+        if one.copied is None or one.copied.size != found.size:
             return False
         if one.copied == found:
             return True

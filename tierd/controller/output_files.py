@@ -6,17 +6,16 @@ of outputs. Nothing is followed that is a link.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from tierd.controller.hot_tree import HotTree, joined, split, stat_of
 from tierd.controller.output_books import FileVersion
 from tierd.outputs import Fault, Output, day_of, parse, user_of
-from tierd.stubs import RESERVED, STUBS
+from tierd.stubs import COLD_MARK, RESERVED, STUBS
 from tierd.syscalls import forced_stat
 
 BATCH_FILES: Final = 1000
@@ -25,7 +24,6 @@ FAULTS_NAMED_MAX: Final = 100
 _LEVELS: Final = 4
 """USER/YYYY/MM/DD."""
 _FOREIGN: Final = "no plain file"
-_HASH_BYTES: Final = 1 << 20
 
 
 class Whereabouts(NamedTuple):
@@ -85,6 +83,11 @@ class OutputFiles:
         """Whether there is an outputs root at all."""
         with self.tree.directory_if_there(self.root) as fd:
             return fd is not None
+
+    def may_leave(self, day: bytes, names: Sequence[bytes]) -> list[bytes]:
+        """Those files of a day that a move can take: plain ones, of one name each. Raises OSError."""
+        with self.tree.directory_if_there(joined(self.root, day)) as fd:
+            return [name for name in names if fd is not None and _may_leave(stat_of(fd, name))]
 
     # --- all of them ---
 
@@ -171,15 +174,10 @@ class OutputFiles:
         return [path for path in paths if self.find(path).hot is None]
 
 
+def _may_leave(st: os.stat_result | None) -> bool:
+    return st is not None and stat.S_ISREG(st.st_mode) and st.st_nlink == 1 and not st.st_mode & COLD_MARK
+
+
 def version_of(st: os.stat_result) -> FileVersion:
     """Which bytes a file with these attributes has."""
     return FileVersion(st.st_size, st.st_ino, st.st_mtime_ns, st.st_ctime_ns)
-
-
-def sha256_of(fd: int) -> str:
-    """Of all that a file holds, in hex."""
-    digest, offset = hashlib.sha256(), 0
-    while block := os.pread(fd, _HASH_BYTES, offset):
-        digest.update(block)
-        offset += len(block)
-    return digest.hexdigest()

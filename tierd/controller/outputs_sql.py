@@ -70,7 +70,8 @@ ORDER BY try_at LIMIT $1
 BEGIN_COPY: Final = """
 UPDATE generated_outputs
 SET version = version + 1, cold_storage = false, sha256 = NULL, hot_storage = true, vanished_at = NULL,
-    size_bytes = $3, inode = $4, mtime_ns = $5, ctime_ns = $6
+    size_bytes = $3, inode = $4, mtime_ns = $5, ctime_ns = $6,
+    hot_since = CASE WHEN cold_storage OR NOT hot_storage THEN now() ELSE hot_since END
 WHERE output_id = $1 AND news = $2
 RETURNING version
 """
@@ -86,10 +87,11 @@ WHERE o.output_id = before.output_id AND version = $2
 RETURNING extract(epoch FROM now() - before.pending_since)::float
 """
 
-# It is what was copied, but for its attributes.
+# It has the bytes that were copied. One that was brought back is new in the hot tier.
 STILL_COPIED: Final = """
 UPDATE generated_outputs
-SET ctime_ns = $3, attempts = 0, error = NULL, hot_storage = true, vanished_at = NULL, pending_since = NULL
+SET inode = $3, mtime_ns = $4, ctime_ns = $5, attempts = 0, error = NULL, vanished_at = NULL, pending_since = NULL,
+    hot_since = CASE WHEN hot_storage THEN hot_since ELSE now() END, hot_storage = true
 WHERE output_id = $1 AND news = $2
 """
 

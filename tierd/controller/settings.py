@@ -176,6 +176,11 @@ class ControllerSettings(BaseModel):
     catalogue_drop_max: Ratio = Field(0.5, ge=0, le=1)
     outputs_root: str = "outputs"
     outputs_scan_at: TimeOfDay = time(3)
+    outputs_cleanup_at: TimeOfDay = time(4)
+    outputs_hot_days: Ratio = Field(7.0, gt=0, le=36_500)
+    outputs_hot_budget: Bytes = Field(100 * 10**9, ge=0)
+    outputs_cleanup_max: Whole = Field(100_000, ge=1)
+    outputs_grace: Seconds = Field(_DAY_SECONDS, ge=0)
     outputs_drop_max: Ratio = Field(0.5, ge=0, le=1)
     nodes_report: bool = True
     lease_report_max_age: Seconds = Field(300.0, gt=0, le=86_400)

@@ -79,6 +79,8 @@ class Workplace:
         return MoveSettings(
             state_dir=self._state_dir,
             bucket=self._objects.models_bucket,
+            outputs_bucket=self._objects.outputs_bucket,
+            outputs_grace=settings.outputs_grace,
             grace=settings.grace,
             lease_report_max_age=settings.lease_report_max_age,
             lease_reports=settings.nodes_report,

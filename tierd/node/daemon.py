@@ -135,7 +135,7 @@ class Daemon:
             unsent=settings.redis is not None,
         )
         stack.callback(self.index.close)
-        self.cold = open_cold_bytes(settings.objects, stack)
+        self.cold = open_cold_bytes(settings.objects, stack, settings.outputs_root_bytes)
         is_model_dir = ModelDirs(self.source)
         self.tier = self._build_tier(is_model_dir)
         self.publisher = self._build_publisher(is_model_dir)

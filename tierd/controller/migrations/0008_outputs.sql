@@ -11,6 +11,7 @@ ALTER TABLE generated_outputs
     ADD COLUMN attempts      int         NOT NULL DEFAULT 0 CHECK (attempts >= 0), -- of looking, that failed in a row
     ADD COLUMN try_at        timestamptz NOT NULL DEFAULT now(),                   -- not before
     ADD COLUMN error         text,                  -- of the last attempt
+    ADD COLUMN hot_since     timestamptz,           -- when it was last brought back; NULL: it never was
     ADD COLUMN removed_at    timestamptz,           -- when a node last saw its name removed
     ADD COLUMN vanished_at   timestamptz,           -- since when nothing of it is in the source; NULL: it is there
     -- A flag alone makes nothing cold.
@@ -35,3 +36,6 @@ CREATE TABLE output_days (                          -- directories that need not
     faults     int         NOT NULL,                -- all of them; output_faults names some
     seen_at    timestamptz NOT NULL DEFAULT now()
 );
+
+ALTER TABLE move_files
+    ADD COLUMN version int CHECK (version > 0);     -- of its object; NULL: that of the move
