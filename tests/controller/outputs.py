@@ -79,7 +79,9 @@ class House:
             return [tuple(row) for row in await connection.fetch(query, *values)]
 
     @asynccontextmanager
-    async def leading(self, at: Callable[[str], None] = lambda effect: None, **more: Any) -> AsyncIterator[Leader]:
+    async def leading(
+        self, at: Callable[[str], None] = lambda effect: None, settle: float = 0.0, **more: Any
+    ) -> AsyncIterator[Leader]:
         """What a leader has."""
         async with connected(self.dsn) as session, Database(settings_for(self.dsn)) as database:
             epoch = await begin_epoch(session, "test")
@@ -91,7 +93,7 @@ class House:
                 database,
                 tree,
                 self.store,
-                MoveSettings(state_dir=self.root / "state", settle=0.0, lease_reports=False, outputs_grace=3600.0),
+                MoveSettings(state_dir=self.root / "state", settle=settle, lease_reports=False, outputs_grace=3600.0),
                 epoch,
                 at,
             )

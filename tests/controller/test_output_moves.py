@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from tests.controller.moving import stub_path
 from tests.controller.outputs import BUCKET, DAY, House, Killed, Leader
 from tests.servers import run
+from tierd.controller import candidates
 from tierd.controller.output_moves import Day
 from tierd.objects.keys import object_key
 from tierd.objects.store import Stored
@@ -77,6 +78,9 @@ def test_old_outputs_leave_after_the_grace_and_stay_readable(house: House) -> No
             assert len(trash(house)) == 2
             assert {path: read(house, path) for path in files} == files
             assert (await leader.clean_up()).counts["outputs"] == 0, "they have left"
+            async with leader.work.database.connection() as connection:
+                spent = (await candidates.look(connection, leader.work.settings)).spent
+            assert spent.models == 0, "that is no demotion of a model"
             await end_grace(house)
             ((move, state),) = await house.rows("SELECT id, state FROM moves")
             assert state == "in_grace"
@@ -168,6 +172,23 @@ def test_a_file_written_since_its_backup_stays_and_is_looked_at(house: House) ->
     assert house.object(path, 2) == b"new"
 
 
+def test_one_that_a_node_tells_of_between_plan_and_switch_stays(house: House) -> None:
+    path = house.make()
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await known(leader)
+            day = Day("outputs", "user123", "2026/01/12", [path.split("/", 1)[1]])
+            move = await leader.work.moves.demote_outputs(day, "test")
+            await house.told(path, written_age_ns=1)
+            assert await leader.work.moves.advance(move) == "abandoned"
+            await leader.back_up()
+            assert await house.rows(TIERS) == [(True, True, 1)]
+
+    run(main())
+    assert (house.outputs / path).exists()
+
+
 def test_an_object_that_is_damaged_keeps_the_file_hot(house: House) -> None:
     path = house.make(content=b"content")
 
@@ -207,7 +228,7 @@ def test_an_undo_brings_them_back_and_leaves_earlier_ones_cold(house: House) -> 
     assert house.object(second, 2) is None, "it is what was copied"
 
 
-def test_moves_of_outputs_count_for_no_bound_of_models_and_lose_no_objects(house: House) -> None:
+def test_a_move_that_was_given_up_loses_no_objects(house: House) -> None:
     path = house.make()
 
     async def main() -> None:
