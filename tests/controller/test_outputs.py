@@ -136,11 +136,11 @@ def test_one_uuid_under_two_users_or_endings_is_reported_and_overwrites_nothing(
             await leader.back_up()
             for day, ending in (("eve/2026/01/12", "png"), (DAY, "jpg")):
                 path = house.make(day, ending, b"other", name)
-                await house.told(path, written_age_ns=1)
+                await house.told(path, written_age_ns=1, opens=1, access_age_ns=1)
                 await leader.scan()
             await leader.back_up()
-        rows = await house.rows("SELECT user_id, filename, version FROM generated_outputs")
-        assert rows == [("user123", f"2026/01/12/{name}.png", 1)]
+        rows = await house.rows("SELECT user_id, filename, version, access_count FROM generated_outputs")
+        assert rows == [("user123", f"2026/01/12/{name}.png", 1, 0)]
         faults = await house.rows("SELECT path, reason FROM output_faults ORDER BY path")
         reason = f"its UUID is that of {first}"
         assert faults == [
