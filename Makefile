@@ -6,6 +6,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 BIN := .venv/bin
 ARGS ?=
+WORKERS ?= 3
 BENCH ?= model_load overlay handover
 PIP_TOOLS := pip-tools==7.6.2
 
@@ -23,10 +24,10 @@ servers:
 demo: setup ## Mount tierd over a real JuiceFS, load a model twice, show what was seen (ARGS=--help)
 	@$(BIN)/python -m bench.demo $(ARGS)
 
-test: servers lint ## Lint, then every test (ARGS="-k name" picks some)
+test: servers lint ## Lint, then every test, some at once (WORKERS=3; ARGS="-k name" picks some)
 	@[ -c /dev/fuse ] || { echo "make test: /dev/fuse is missing; the tests mount real file systems." \
 		"Load the module (modprobe fuse), or start the container with --device /dev/fuse --cap-add SYS_ADMIN" >&2; exit 1; }
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: setup ## Style, format and types
 	@$(BIN)/ruff check --quiet

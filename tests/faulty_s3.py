@@ -60,6 +60,7 @@ class FaultyS3:
         """What the fault `whole` answers with."""
         self.seen: Counter[Request] = Counter()
         self.faults: Counter[str] = Counter()
+        self.connections = 0
         self.changed = threading.Condition()
         self._random = random.Random(seed)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -92,6 +93,17 @@ class FaultyS3:
             return self.changed.wait_for(
                 lambda: sum(count for request, count in self.seen.items() if request.part) >= count, timeout_s
             )
+
+    def await_silence(self, timeout_s: float) -> bool:
+        """True once nobody is connected, so that nothing is noted late; False if that did not happen in time."""
+        with self.changed:
+            return self.changed.wait_for(lambda: self.connections == 0, timeout_s)
+
+    def connected(self, change: int) -> None:
+        """So many clients more."""
+        with self.changed:
+            self.connections += change
+            self.changed.notify_all()
 
     def forget(self) -> None:
         """Count from here on."""
@@ -144,12 +156,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self.proxy.connected(1)
         self.upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
 
     def finish(self) -> None:
         self.upstream.close()
         with contextlib.suppress(OSError):
             super().finish()
+        self.proxy.connected(-1)
 
     def handle(self) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError):
@@ -161,7 +175,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         url = urlsplit(self.path)
         query = tuple(parse_qsl(url.query, keep_blank_values=True))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if len(body) < length:  # the client is gone
+            self.close_connection = True
+            return
         request = Request(self.command, url.path, query, self.headers.get("Range", ""))
         fault = self.proxy.fault_of(request)
         if fault == "503":

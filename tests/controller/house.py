@@ -24,6 +24,10 @@ def settings_for(dsn: str, **more: Any) -> ControllerSettings:
     return load({"postgres": dsn, **more})
 
 
+HEEDS_CTRL_C = ("env", "--default-signal=INT")
+"""Before a command: tests that a shell started in the background ignore SIGINT, and so would what they start."""
+
+
 def connected(dsn: str, **more: Any) -> AbstractAsyncContextManager[db.Connection]:
     """A connection of its own."""
     return db.connected(settings_for(dsn, **more))

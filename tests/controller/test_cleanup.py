@@ -106,7 +106,7 @@ def test_what_was_demoted_in_the_last_day_counts(site: Site) -> None:
     ("ages", "says"),
     [
         ({}, "no node has ever reported what is open there"),
-        ({"gpu-1": 0, "gpu-2": 301}, "nobody knows what is open on gpu-2 (last report 301 s ago)"),
+        ({"gpu-1": 0, "gpu-2": 301}, "nobody knows what is open on gpu-2 (last report 30"),
         ({"gpu-2": None}, "nobody knows what is open on gpu-2 (never reported)"),
         ({f"gpu-{n}": 1e9 for n in range(7)}, "gpu-4 (last report days ago or doubtful) and 2 others"),
     ],

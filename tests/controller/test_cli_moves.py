@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.controller.controllers import Site, running, until
-from tests.controller.house import connected, environment, settings_for
+from tests.controller.house import HEEDS_CTRL_C, connected, environment, settings_for
 from tests.servers import run
 from tierd.controller import move_wishes
 from tierd.controller.db import Database
@@ -119,7 +119,7 @@ def test_whoever_gives_up_before_anybody_heard_has_asked_for_nothing(site: Site)
     async def main() -> None:
         async with connected(site.dsn) as session:
             await begin_epoch(session, "deaf")
-            command = [sys.executable, "-m", "tierd", "demote", MODEL]
+            command = [*HEEDS_CTRL_C, sys.executable, "-m", "tierd", "demote", MODEL]
             env = environment({"TIERDCTL_CONFIG": str(config)})
             with subprocess.Popen(command, env=env, stderr=subprocess.PIPE) as process:  # noqa: ASYNC220
                 query = "SELECT count(*) FROM move_wishes"

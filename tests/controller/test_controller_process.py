@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 
 from tests.conftest import DirectoryFactory
 from tests.controller.controllers import Controller, Site, running, until
+from tests.controller.house import HEEDS_CTRL_C, environment
 from tests.faulty import FaultySource
 
 
@@ -182,3 +186,25 @@ def test_a_source_that_hangs_keeps_nobody_else_from_leading(site: Site, new_dire
                     other.wait_for("leading")
             finally:
                 faulty.release()
+
+
+# --- jobs by command ---
+
+
+def test_a_command_without_a_source_has_the_leader_do_it(site: Site) -> None:
+    site.model("models/llama-7b")
+    with running(site) as controller:
+        controller.wait_for("leading")
+        done = site.tierd("job", "scan-catalogue", source=None)
+        assert (done.returncode, done.stdout) == (0, "1 models, registered 1, 0 are no longer there\n")
+        assert controller.log("job_ended")
+
+
+def test_a_request_that_nobody_began_is_withdrawn_by_ctrl_c(site: Site) -> None:
+    command = [*HEEDS_CTRL_C, sys.executable, "-m", "tierd", "job", "scan-catalogue"]
+    command += ["--config", str(site.config(source=None))]
+    with subprocess.Popen(command, env=environment({}), stderr=subprocess.DEVNULL) as process:
+        until(lambda: site.ask("SELECT FROM job_runs WHERE state = 'requested'"))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert site.value("SELECT state FROM job_runs") == "withdrawn"

@@ -41,8 +41,9 @@ class Pod:
     def _run(self) -> None:
         while not self._stop.is_set() and len(self.complaints) < 10:
             try:
-                if self._look() != self._first:
-                    self.complaints.append("differs")
+                found = self._look()
+                differing = [name for name in found if found[name] != self._first[name]]
+                self.complaints += [f"{name}: {found[name]}, not {self._first[name]}"[:200] for name in differing]
             except OSError as error:
                 self.complaints.append(str(error))
             self.looks += 1
@@ -74,6 +75,7 @@ def site(request: pytest.FixtureRequest, schema: str, new_directory: DirectoryFa
 
 def test_pods_see_nothing_of_it(site: Site, overlay_mount: MountFactory) -> None:
     mount = overlay_mount(site.source, objects=str(site.root / "objects"), prefetch="no")
+    mount.allow_log("fill_ended")  # one that the switch overtakes
 
     async def main() -> None:
         await site.register("gpu-1")

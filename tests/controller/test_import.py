@@ -18,6 +18,8 @@ from tests.controller.freezing import Frozen
 from tests.controller.moving import BUCKET, Site, site_of
 from tests.objects.servers import Beneath, Files, Objects, s3_store
 from tests.servers import run
+from tierd.controller.hot_tree import HotTree
+from tierd.controller.import_tree import ImportTree, Making
 from tierd.controller.imports import sort_out
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.moves import Moves
@@ -26,6 +28,7 @@ from tierd.errors import UsageError
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import IMPORTED, is_ours, object_key, parse_key
 from tierd.objects.store import Listed
+from tierd.stubs import Origin
 
 MIB = 1 << 20
 MODEL, PREFIX = "models/org/llama", "org/llama"
@@ -281,7 +284,7 @@ def test_keys_of_others_never_clash_with_ours() -> None:
 @pytest.mark.parametrize(
     ("key", "why"),
     [
-        ("p/dir/", "it stands for a directory"), ("p/../etc/passwd", "part"), ("p//x", "is absolute"), ("p/./x", "part"),
+        ("p/dir/", "it stands for a directory"), ("p/../passwd", "part"), ("p//x", "is absolute"), ("p/./x", "part"),
         ("p/a\x00b", "NUL"), ("p/a\nb", "control"), ("p/.tierd/x", "tierd's own"), ("p/" + "x" * 256, "256 bytes"),
         ("p/v3/", "it stands for a directory"), ("p/x/v3", "version"), ("p/f/below", "directory"),
     ],
@@ -324,3 +327,17 @@ def test_by_command_and_through_a_mount(
     assert site.tierd("import", PREFIX, "--as", "models/other", "--json").returncode == 0
     assert (mount.mountpoint / "models/other/config.json").read_bytes() == b"{}"
     assert site.tierd("import", "nothing/there").returncode == 1
+
+
+def test_a_cold_file_that_comes_this_moment_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "models/m").mkdir(parents=True)
+    stub = tmp_path / "models/m/.tierd/cold/x"
+
+    def meddle(effect: str) -> None:
+        if effect == "place":
+            stub.write_bytes(b"a user's")
+
+    making = ImportTree(HotTree(tmp_path), b"models/m", 7, meddle)
+    file = Making(b"x", Origin("m", IMPORTED, b"x", 5, "0" * 64), 1)
+    assert making.make([file]) == {b"x": "another cold file has its name"}
+    assert stub.read_bytes() == b"a user's"

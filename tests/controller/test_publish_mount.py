@@ -36,19 +36,19 @@ def test_what_is_read_arrives_while_it_is_open(
     source: Path,
     database: str,
     redis_server: RedisServer,
+    url: str,
     tmp_path: Path,
     cache_size: str,
 ) -> None:
-    redis_server.start()
     run(migrated(database))
     password = tmp_path / "password"
     password.write_text(redis_server.password + "\n")
-    url = redis_server.url().replace(f":{redis_server.password}@", "")
-    options = {"redis": url, "redis_password_file": password, "publish_interval": 1, "cache_size": cache_size}
+    bare = url.replace(f":{redis_server.password}@", "")
+    options = {"redis": bare, "redis_password_file": password, "publish_interval": 1, "cache_size": cache_size}
     mount = overlay_mount(source, node_name=f"node-{cache_size}", **options)
 
     async def seen() -> tuple[list[tuple[Any, ...]], set[tuple[str, str]]]:
-        async with controller_of(database, redis_server.url()) as controller:
+        async with controller_of(database, url) as controller:
             await controller()
             rows = await controller.rows("SELECT model_id, tier, size_bytes FROM model_locations")
             return rows, {lease for lease in await Controller.leases(controller) if lease[0] == f"node-{cache_size}"}
@@ -57,7 +57,8 @@ def test_what_is_read_arrives_while_it_is_open(
         assert len(file.read()) == 300_000
         lease = (f"node-{cache_size}", "models/llama")
         wait_until(lambda: lease in run(seen())[1], SECONDS, "the lease")
-        wait_until(lambda: run(seen())[0] == [("models/llama", "hot", 300_000)], SECONDS, "the access")
+        rows = [("models/llama", "hot", 300_000)]
+        wait_until(lambda: run(seen())[0] == rows, SECONDS, lambda: f"the access: {run(seen())[0]}")
     wait_until(lambda: not run(seen())[1], SECONDS, "its end")
     wait_until(lambda: published(mount)["backlog_batches"] == 0, SECONDS, "the acknowledgement")
     told = published(mount)

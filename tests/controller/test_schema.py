@@ -31,7 +31,7 @@ SEED_INDEXES = {
 STATISTICS_TABLES = {
     "nodes": "node_id boot first_seen last_seen leases_at version registered",
     "node_leases": "node_id model_id",
-    "statistics_applied": "node_id boot sequence",
+    "statistics_applied": "node_id boot sequence applied_at",
 }
 MODEL = "INSERT INTO model_locations (model_id, tier, size_bytes) VALUES ('models/a', 'hot', 7)"
 MOVE = "INSERT INTO moves (kind, subject) VALUES ('demote', 'models/a')"

@@ -302,3 +302,18 @@ def test_two_who_write_bring_the_bytes_once(cold: Cold) -> None:
         thread.join()
     assert cold.path("m/x.safetensors").read_bytes() == b"new" + data[3:10] + b"new" + data[13:]
     assert cold.counter("recalls") == 1
+
+
+def test_what_one_user_brings_is_bounded(overlay_mount: MountFactory, objects: Path) -> None:
+    """Whoever is beyond it reads on, range by range, and cannot open for writing."""
+    mount = overlay_mount(objects=str(objects), prefetch="no", recall_bytes_per_hour="1MiB")
+    cold = Cold(mount, objects)
+    data = cold.model("m", {"x.safetensors": 6 * MIB, "y.safetensors": 48 * MIB})
+    with cold.path("m/x.safetensors").open("r+b") as file:
+        file.write(b"new")
+    with raises(errno.EDQUOT):
+        cold.path("m/y.safetensors").open("r+b")
+    assert cold.path("m/y.safetensors").read_bytes() == data["y.safetensors"]
+    idle(mount)
+    assert of_tier(mount)["copies"] == 0, "the load was served by ranges"
+    assert cold.counter("cold_loads") == 1

@@ -176,6 +176,23 @@ def test_a_mapping_outlives_its_descriptor_and_its_name(tree: Tree) -> None:
     assert not (tree.beneath / "file").exists()
 
 
+def test_stores_through_a_mapping_show_in_the_times_by_msync(tree: Tree) -> None:
+    """Found by the comparer: seed 966592805, part 34. What POSIX leaves open until msync(2) is not asked for."""
+    for name, unlinked in (("kept", False), ("gone", True)):
+        path = tree.top / name
+        path.write_bytes(bytes(100_000))
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+            if unlinked:
+                path.unlink()
+            view[:4] = b"once"
+            view.flush()
+            os.utime(file.fileno(), ns=(1, 1))
+            assert os.fstat(file.fileno()).st_mtime_ns < 1_000_000_000
+            view[:4] = b"more"
+            view.flush()
+            assert os.fstat(file.fileno()).st_mtime_ns > 1_000_000_000
+
+
 def test_offsets_beyond_4_gib(tree: Tree) -> None:
     path = tree.top / "sparse"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)

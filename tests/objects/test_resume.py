@@ -61,6 +61,7 @@ def upload_until_killed(at: House, source: Path, journal: Path, parts: int) -> P
         finally:
             child.send_signal(signal.SIGKILL)
             assert child.wait(WAIT_S) == -signal.SIGKILL
+    assert at.proxy.await_silence(WAIT_S), "what it sent last is still on its way"
     return recorded(journal)
 
 

@@ -264,6 +264,30 @@ def test_origins_are_read_as_written() -> None:
     assert decode(encode(origins)) == origins
 
 
+def test_a_file_that_becomes_hot_between_two_looks_is_there(
+    source: ColdSource, model: Path, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An undo puts a file back and removes its stub; a listing in between had neither."""
+
+    def put_back(name: str) -> None:
+        (model / name).write_bytes(bytes(SIZE))
+        stub_of(model / name).unlink(missing_ok=True)
+
+    def find(layer: stub_layer.Layer, name: bytes) -> stub_layer.Stub | None:
+        put_back(os.fsdecode(name))
+        return true_find(layer, name)
+
+    def names(layer: stub_layer.Layer) -> list[bytes]:
+        put_back("b")
+        return true_names(layer)
+
+    true_find, true_names = stub_layer.Layer.find, stub_layer.Layer.names
+    monkeypatch.setattr(stub_layer.Layer, "find", find)
+    monkeypatch.setattr(stub_layer.Layer, "names", names)
+    assert source.lstat(fd, b"a").st_size == SIZE
+    assert sorted(source.list_names(fd)) == [b"a", b"b", b"hot"]
+
+
 # --- beside a source that is all hot ---
 
 

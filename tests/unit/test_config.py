@@ -273,7 +273,7 @@ TOLD_IN_WORDS = {
     *("state_dir", "log_file", "allow_other", "cache_dir", "free_space_target"),
     *("redis", "redis_password_file", "redis_ca", "node_name", "objects"),
 }
-SIZES = {"cache_size", "fill_bandwidth"}
+SIZES = {"cache_size", "fill_bandwidth", "recall_bytes_per_hour"}
 SWITCHES = {"yes": True, "no": False}
 """Their default is decided at run time, and None in the settings."""
 

@@ -133,3 +133,9 @@ def test_configured_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None:
     tierd_log.configure(style="json")
     structlog.get_logger("tierd.x").info("once")
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_libraries_do_not_repeat_with_tracebacks_what_we_say_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    tierd_log.configure(style="json")
+    logging.getLogger("asyncpg.pool").warning("Failed to restore the pool connection floor; retrying", exc_info=True)
+    assert capsys.readouterr().err == ""

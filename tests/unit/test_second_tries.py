@@ -149,6 +149,13 @@ async def test_the_number_of_files_kept_is_bounded(bench: Bench) -> None:
     await closed(bench, kept=0)
 
 
+async def test_as_many_readers_as_a_node_has_are_sent_back_at_once(bench: Bench) -> None:
+    """The long run had 256, and 64 second tries: the others' opens failed when a file left the node tier."""
+    for pid in range(1, 257):
+        bench.overlay.second_tries.sent_back(pid)
+    assert all(bench.overlay.second_tries.awaits(pid) for pid in range(1, 257))
+
+
 async def test_a_thread_without_a_number_has_no_second_try(bench: Bench) -> None:
     bench.overlay.second_tries.sent_back(0)
     assert not bench.overlay.second_tries.awaits(0)

@@ -65,12 +65,19 @@ async def ask_for(
     place = Workplace(settings, environ) if settings.source is not None else None
     async with connected(settings) as connection:
         await require_current(connection)
-        wish = await move_wishes.ask(connection, kind, model_id, holder(), prefix)
+        asking = asyncio.ensure_future(move_wishes.ask(connection, kind, model_id, holder(), prefix))
         try:
-            return await _see_through(connection, wish, place, tell)
+            return await _see_through(connection, await asyncio.shield(asking), place, tell)
         except BaseException:
-            await asyncio.shield(move_wishes.withdraw(connection, wish))
+            await asyncio.shield(_withdraw(connection, asking))
             raise
+
+
+async def _withdraw(connection: Connection, asking: asyncio.Future[int]) -> None:
+    """Also a wish that is being written down this moment."""
+    await asyncio.wait([asking])
+    if asking.exception() is None:
+        await move_wishes.withdraw(connection, asking.result())
 
 
 async def _see_through(

@@ -32,7 +32,7 @@ from tierd.controller.move_books import (
 from tierd.controller.move_file import LeasesUnknown, MoveFile, MoveRefused
 from tierd.controller.move_workshop import Fence, Workshop
 from tierd.controller.returning import Returning, compared, manifest_name
-from tierd.controller.steps import FileState, MoveKind, MoveState, next_state
+from tierd.controller.steps import FileState, MoveKind, MoveState
 from tierd.controller.stubbing import ChangedMeanwhile, Stubbing
 from tierd.objects.keys import shown, validate_model_id
 from tierd.objects.manifest import ManifestDamaged
@@ -98,7 +98,7 @@ class Demotion:
             await self._shop.run(ColdCopy(self._shop, move).begin)
         except ChangedMeanwhile as error:
             return await self._returning.abandon(move, str(error))
-        return await self._go_on(move)
+        return await self._shop.go_on(move)
 
     # --- copying and verifying ---
 
@@ -111,7 +111,7 @@ class Demotion:
             await self._shop.run(copy.compare, files)
         except _GIVEN_UP as error:
             return await self._returning.abandon(move, str(error))
-        return await self._go_on(move)
+        return await self._shop.go_on(move)
 
     async def verify(self, move: Move) -> bool:
         """Read each object again, write the manifest, and switch if nobody uses the model."""
@@ -251,17 +251,10 @@ class Demotion:
     async def _end(self, move: Move) -> bool:
         async with self._shop.fenced("end", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
+            await self._shop.effect(stubbing.clear, stubbing.drafts)
             await self._shop.effect(stubbing.clear, stubbing.trash)
             await forget_files(fence.connection, move.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
-        return True
-
-    # --- common ---
-
-    async def _go_on(self, move: Move) -> bool:
-        state = next_state(move.kind, move.state)
-        async with self._shop.fenced(state, move) as fence:
-            await set_state(fence.connection, self._shop.books, move, state)
         return True
 
 

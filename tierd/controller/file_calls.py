@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Final
 
 from tierd.controller.hot_scan import read_xattrs
@@ -74,3 +75,8 @@ def copy_attributes(source: int, target: int, mark: int, *, times: bool = True) 
     os.fchmod(target, st.st_mode & _FREE_MODE_BITS | mark)
     if times:
         os.utime(target, ns=(st.st_atime_ns, mtime_of(st)))
+
+
+def draft_name(name: bytes) -> bytes:
+    """How the stub of a file is called while it lies beside: short, whatever the path is."""
+    return blake2b(name, digest_size=16).hexdigest().encode()

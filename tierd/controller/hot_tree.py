@@ -104,3 +104,8 @@ def stat_of(fd: int, name: bytes) -> os.stat_result | None:
         return forced_stat(fd, name)
     except FileNotFoundError:
         return None
+
+
+def is_inode(st: os.stat_result | None, inode: int | None) -> bool:
+    """True if something is there, and has this number."""
+    return st is not None and st.st_ino == inode

@@ -12,10 +12,10 @@ import stat
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from hashlib import blake2b
 from typing import Final, NamedTuple
 
 from tierd.controller import cold_tree
+from tierd.controller.file_calls import draft_name
 from tierd.controller.hot_tree import HotTree, joined, split, stat_of
 from tierd.controller.stubbing import DRAFTS
 from tierd.objects.keys import shown
@@ -92,7 +92,7 @@ class ImportTree:
                 for file in files:
                     self._at("place")
                     try:
-                        renameat2(drafts, _draft_name(file.path), layer, split(file.path)[1], RENAME_NOREPLACE)
+                        renameat2(drafts, draft_name(file.path), layer, split(file.path)[1], RENAME_NOREPLACE)
                     except FileExistsError:  # this moment, by a user
                         left[file.path] = "another cold file has its name"
                 os.fsync(layer)
@@ -101,7 +101,7 @@ class ImportTree:
 
     def _draft(self, directory: int, drafts: int, file: Making) -> int:
         """Owned by whom the directory belongs to."""
-        name = _draft_name(file.path)
+        name = draft_name(file.path)
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=drafts)
         owner = os.fstat(directory)
@@ -147,7 +147,3 @@ class ImportTree:
             for name in os.listdir(fd) if fd is not None else []:
                 os.unlink(name, dir_fd=fd)
         self._tree.remove_empty(self.drafts)
-
-
-def _draft_name(path: bytes) -> bytes:
-    return blake2b(path, digest_size=16).hexdigest().encode()

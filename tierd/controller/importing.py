@@ -28,7 +28,7 @@ from tierd.controller.move_books import (
 )
 from tierd.controller.move_file import HotFile, MoveFile, MoveRefused
 from tierd.controller.move_workshop import BATCH_FILES, Fence, Workshop
-from tierd.controller.steps import FileState, MoveKind, MoveState, next_state
+from tierd.controller.steps import FileState, MoveKind, MoveState
 from tierd.objects.keys import IMPORTED, object_key, shown, validate_model_id
 from tierd.objects.store import Stored
 from tierd.stubs import Origin
@@ -93,7 +93,7 @@ class Importing:
 
     async def begin(self, move: Move) -> bool:
         """Nothing is to be prepared."""
-        return await self._go_on(move)
+        return await self._shop.go_on(move)
 
     # --- reading ---
 
@@ -101,7 +101,7 @@ class Importing:
         """Read each object once."""
         files = [moved for moved in await self._shop.books.files(move.id) if moved.state is FileState.PLANNED]
         await self._shop.each(partial(self._adopt, move), files, self._flush(move))
-        return await self._go_on(move)
+        return await self._shop.go_on(move)
 
     def _adopt(self, move: Move, moved: MoveFile) -> FileNews:
         bucket, key = self._shop.settings.bucket, self._key(move, moved)
@@ -151,12 +151,6 @@ class Importing:
 
     def _tree(self, fence: Fence, move: Move) -> ImportTree:
         return ImportTree(self._shop.tree, joined(b"", move.subject.encode()), move.id, fence.at)
-
-    async def _go_on(self, move: Move) -> bool:
-        state = next_state(move.kind, move.state)
-        async with self._shop.fenced(state, move) as fence:
-            await set_state(fence.connection, self._shop.books, move, state)
-        return True
 
 
 def _making(move: Move, moved: MoveFile) -> Making:

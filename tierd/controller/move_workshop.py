@@ -21,8 +21,9 @@ from tierd.controller import moves_sql as sql
 from tierd.controller.db import Connection, Database
 from tierd.controller.hot_scan import Subject
 from tierd.controller.hot_tree import HotTree, split
-from tierd.controller.move_books import Books, Move, hold
+from tierd.controller.move_books import Books, Move, hold, set_state
 from tierd.controller.output_moves import OutputDays, is_of_outputs
+from tierd.controller.steps import next_state
 from tierd.controller.stubbing import At, Stubbing
 from tierd.controller.subjects import Models, Subjects
 from tierd.errors import TierdError
@@ -129,6 +130,13 @@ class Workshop:
             yield Fence(connection, self.at)
             self.at(f"commit {what}")
         self.at(f"committed {what}")
+
+    async def go_on(self, move: Move) -> bool:
+        """The move's next state begins; True, as what steps return. Raises NotLeaderError, StateChanged."""
+        state = next_state(move.kind, move.state)
+        async with self.fenced(state, move) as fence:
+            await set_state(fence.connection, self.books, move, state)
+        return True
 
     async def note_detail(self, fence: Fence, move: Move, **detail: Any) -> None:
         """Remember more of a move."""

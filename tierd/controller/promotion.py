@@ -17,7 +17,7 @@ from tierd.controller.move_file import MoveRefused
 from tierd.controller.move_workshop import Workshop
 from tierd.controller.promote import Need, Promotion
 from tierd.controller.returning import manifest_name
-from tierd.controller.steps import MoveKind, MoveState, next_state
+from tierd.controller.steps import MoveKind, MoveState
 from tierd.objects.keys import shown, validate_model_id
 from tierd.recall import fetch_from
 
@@ -68,12 +68,12 @@ class Promotions:
 
     async def begin(self, move: Move) -> bool:
         """Nothing is to be prepared."""
-        return await self._go_on(move)
+        return await self._shop.go_on(move)
 
     async def bring(self, move: Move) -> bool:
         """All bytes come. Not within a transaction: it may take hours, and harms nobody if another leader does so."""
         await self._bring(move)
-        return await self._go_on(move)
+        return await self._shop.go_on(move)
 
     async def _bring(self, move: Move) -> None:
         """Stops soon when this leads no longer: how far it is is told within a transaction of the leader."""
@@ -113,12 +113,6 @@ class Promotions:
             await fence.connection.execute(sql.SET_HOT, move.subject)
             await fence.connection.execute(sql.SET_DONE_BYTES, move.id, move.size_bytes)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
-        return True
-
-    async def _go_on(self, move: Move) -> bool:
-        state = next_state(move.kind, move.state)
-        async with self._shop.fenced(state, move) as fence:
-            await set_state(fence.connection, self._shop.books, move, state)
         return True
 
 

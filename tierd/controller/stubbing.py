@@ -16,12 +16,11 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from hashlib import blake2b
 from typing import Final
 
-from tierd.controller.file_calls import alike, copy_attributes, equal, opened, opened_directory, same
+from tierd.controller.file_calls import alike, copy_attributes, draft_name, equal, opened, opened_directory, same
 from tierd.controller.hot_scan import Subject
-from tierd.controller.hot_tree import HotTree, joined, split, stat_of
+from tierd.controller.hot_tree import HotTree, is_inode, joined, split, stat_of
 from tierd.controller.move_file import HotFile, MoveFile
 from tierd.controller.steps import FileState
 from tierd.objects.keys import shown
@@ -49,6 +48,7 @@ class Stubbing:
         self.trash = TRASH + b"/%d" % move
         self.drafts = DRAFTS + b"/%d" % move
         self._touched: set[bytes] = set()
+        self._drafted: list[bytes] = []
 
     # --- stubs come ---
 
@@ -60,21 +60,21 @@ class Stubbing:
         with self._tree.directory(self.drafts, make=True) as drafts:
             for name in file.names():
                 with suppress(FileNotFoundError):
-                    os.unlink(_draft_name(name), dir_fd=drafts)
-            first = _draft_name(file.path)
+                    os.unlink(draft_name(name), dir_fd=drafts)
+            first = draft_name(file.path)
             self._at("make stub")
             inode = self._make(file, drafts, first)
             for name in file.links:
-                os.link(first, _draft_name(name), src_dir_fd=drafts, dst_dir_fd=drafts, follow_symlinks=False)
-            os.fsync(drafts)
+                os.link(first, draft_name(name), src_dir_fd=drafts, dst_dir_fd=drafts, follow_symlinks=False)
             self._at("made stub")
+        self._drafted.append(first)
         return inode
 
     def _is_made(self, file: HotFile, stub: int) -> bool:
         """True if each name has it: beside, in the layer, or had it there before its file went to the trash."""
         return all(
-            _is(self._look(self.drafts, _draft_name(name)), stub)
-            or _is(self._look(self._layer_of(name), split(name)[1]), stub)
+            is_inode(self._look(self.drafts, draft_name(name)), stub)
+            or is_inode(self._look(self._layer_of(name), split(name)[1]), stub)
             or self._look(*self._in_trash(name)) is not None
             for name in file.names()
         )
@@ -89,7 +89,6 @@ class Stubbing:
             stub = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=drafts)
             try:
                 copy_attributes(source, stub, COLD_MARK)
-                os.fsync(stub)
                 return os.fstat(stub).st_ino
             finally:
                 os.close(stub)
@@ -207,12 +206,12 @@ class Stubbing:
 
     def _place(self, name: bytes, moving: MoveFile) -> None:
         """The stub goes into the layer. One that lies there is hidden by the file, and so nobody's: it goes beside."""
-        leaf, draft = split(name)[1], _draft_name(name)
+        leaf, draft = split(name)[1], draft_name(name)
         with self._tree.directory(self._layer_of(name)) as layer:
-            if _is(stat_of(layer, leaf), moving.stub):
+            if is_inode(stat_of(layer, leaf), moving.stub):
                 return
             with self._tree.directory(self.drafts) as drafts:
-                if not _is(stat_of(drafts, draft), moving.stub):
+                if not is_inode(stat_of(drafts, draft), moving.stub):
                     raise ChangedMeanwhile(f"the stub of {shown(name)} went")
                 self._at("place stub")
                 try:
@@ -223,7 +222,7 @@ class Stubbing:
 
     def drop_stub(self, moving: MoveFile, name: bytes) -> None:
         """Take our stub out of the layer, unless it has got bytes of its own; what it took the place of returns."""
-        leaf, draft = split(name)[1], _draft_name(name)
+        leaf, draft = split(name)[1], draft_name(name)
         with self._stub(moving, name) as layer:
             if layer is None:
                 return
@@ -240,7 +239,7 @@ class Stubbing:
         """The layer in which the stub of a name lies, ours and still cold, and nobody brings bytes to it meanwhile."""
         leaf = split(name)[1]
         with self._tree.directory_if_there(self._layer_of(name)) as layer:
-            if layer is None or not _is(stat_of(layer, leaf), moving.stub):
+            if layer is None or not is_inode(stat_of(layer, leaf), moving.stub):
                 yield None
                 return
             fd = os.open(leaf, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=layer)
@@ -250,7 +249,7 @@ class Stubbing:
                     ours = False
                     with suppress(BlockingIOError):
                         st = os.fstat(stack.enter_context(locked(f"/proc/self/fd/{fd}", wait=False)))
-                        ours = st.st_ino == moving.stub and is_cold(st) and _is(stat_of(layer, leaf), moving.stub)
+                        ours = st.st_ino == moving.stub and is_cold(st) and is_inode(stat_of(layer, leaf), moving.stub)
                     yield layer if ours else None
             finally:
                 os.close(fd)
@@ -272,7 +271,7 @@ class Stubbing:
         st = self._look(*self._in_trash(name))
         if st is None:
             hot = self._look(joined(self._base, above), leaf)
-            if not taken or _is(hot, moving.file.inode):
+            if not taken or is_inode(hot, moving.file.inode):
                 self.drop_stub(moving, name)  # hidden; or its file went before it was taken
             return ""
         if self._look(joined(self._base, above), leaf) is not None:
@@ -292,7 +291,7 @@ class Stubbing:
                     return "another file has its name"
                 self._at("was put back")
                 try:
-                    os.unlink(leaf, dir_fd=layer)
+                    self._remove_stub(moving, name, layer)
                 except FileNotFoundError:  # a user removed or renamed it this moment: so shall it be
                     with suppress(FileNotFoundError):
                         renameat2(hot_fd, leaf, trash, leaf, RENAME_NOREPLACE)
@@ -300,6 +299,15 @@ class Stubbing:
                 self._at("removed stub")
         self._touched |= {joined(self._base, above), joined(self.trash, above), self._layer_of(name)}
         return ""
+
+    def _remove_stub(self, moving: MoveFile, name: bytes, layer: int) -> None:
+        """One of several goes beside, until all are back: the stubs of the other names tell how many there are."""
+        leaf = split(name)[1]
+        if moving.file.links:
+            with self._tree.directory(self.drafts, make=True) as drafts, suppress(FileExistsError):
+                renameat2(layer, leaf, drafts, draft_name(name), RENAME_NOREPLACE)
+                return
+        os.unlink(leaf, dir_fd=layer)
 
     def _follow_stub(self, moving: MoveFile, layer: int, leaf: bytes, trash: int) -> None:
         stub, file = opened(layer, leaf), opened(trash, leaf)
@@ -361,7 +369,17 @@ class Stubbing:
         self._at("cleared")
 
     def sync(self) -> None:
-        """What was renamed since the last call is so after a power cut, too."""
+        """What was made and renamed since the last call is so after a power cut, too. All stubs at once: the first of
+        these calls writes for all of them."""
+        if self._drafted:
+            with self._tree.directory(self.drafts) as drafts:
+                for name in self._drafted:
+                    stub = opened(drafts, name)
+                    if stub >= 0:
+                        os.fsync(stub)
+                        os.close(stub)
+                os.fsync(drafts)
+            self._drafted.clear()
         for path in sorted(self._touched):
             with self._tree.directory_if_there(path) as fd:
                 if fd is not None:
@@ -386,11 +404,3 @@ class Stubbing:
     def _look(self, directory: bytes, name: bytes) -> os.stat_result | None:
         with self._tree.directory_if_there(directory) as fd:
             return stat_of(fd, name) if fd is not None else None
-
-
-def _is(st: os.stat_result | None, inode: int | None) -> bool:
-    return st is not None and st.st_ino == inode
-
-
-def _draft_name(name: bytes) -> bytes:
-    return blake2b(name, digest_size=16).hexdigest().encode()

@@ -205,14 +205,17 @@ class ColdSource(PosixSource):
     # --- names in a directory ---
 
     def lstat(self, dir_fd: int, name: bytes) -> os.stat_result:
-        if name != RESERVED:
-            try:
-                return super().lstat(dir_fd, name)
-            except FileNotFoundError:
-                stub = self._stub_at(dir_fd, name)
-                if stub is not None:
-                    return stub.attributes
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if name == RESERVED:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        try:
+            return super().lstat(dir_fd, name)
+        except FileNotFoundError:
+            with self.layers.of(dir_fd) as layer:
+                if layer is None:
+                    raise
+                stub = layer.find(name)
+        # A file that was cold at the first look and hot at the second is seen by the third.
+        return stub.attributes if stub is not None else super().lstat(dir_fd, name)
 
     def list_names(self, dir_fd: int) -> list[bytes]:
         names = super().list_names(dir_fd)
@@ -220,17 +223,9 @@ class ColdSource(PosixSource):
             return names
         with self.layers.of(dir_fd) as layer:
             cold = layer.names() if layer is not None else []
-        return [name for name in dict.fromkeys([*names, *cold]) if name != RESERVED]
-
-    def lstat_many(self, dir_fd: int, names: list[bytes]) -> list[os.stat_result | None]:
-        found = super().lstat_many(dir_fd, names)
-        if None not in found:
-            return found
-        with self.layers.of(dir_fd) as layer:
-            if layer is not None:
-                stubs = (layer.find(name) if st is None else None for name, st in zip(names, found, strict=True))
-                found = [stub.attributes if stub else st for stub, st in zip(stubs, found, strict=True)]
-        return found
+        # As `lstat`.
+        found = dict.fromkeys([*names, *cold, *super().list_names(dir_fd)])
+        return [name for name in found if name != RESERVED]
 
     def _refuse(self, dir_fd: int, name: bytes) -> None:
         """A name that is to be made must be free, and not ours."""

@@ -121,7 +121,7 @@ class Opens(ColdFiles):
             if self._tier is not None and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
                 opened = await self._open_copy(node, self._tier, caller, is_second=is_second)
             if opened is None:
-                opened = await self._open_source(node, flags, caller, kept)
+                opened = await self._open_source(node, flags, caller, kept, is_second=is_second)
         except Moved:
             self.second_tries.sent_back(caller.pid)
             raise
@@ -209,7 +209,9 @@ class Opens(ColdFiles):
 
     # --- from the source ---
 
-    async def _open_source(self, node: Node, flags: int, caller: Caller, kept: int | None) -> OpenedFile:
+    async def _open_source(
+        self, node: Node, flags: int, caller: Caller, kept: int | None, *, is_second: bool
+    ) -> OpenedFile:
         try:
             found = await self._reach_to_open(node, flags, caller, kept)
         except Cold as cold:
@@ -217,7 +219,8 @@ class Opens(ColdFiles):
         self._withdraw(node)
         packed = pack(found.version)
         changed = node.version not in (None, packed) and not flags & os.O_TRUNC and not node.dirty
-        settling = node.retired or self._is_young(node) or kept is not None
+        # A cold file is not kept open by its second lookup, but is not sent back twice either.
+        settling = node.retired or self._is_young(node) or kept is not None or is_second
         if changed and settling and not _reads_a_version(node):
             # Here and now: another open of the new version may be answered, with keep_cache, before this one is.
             await self._run(self._reads.content_changed, node.id, limiter=self.open_limit)

@@ -13,9 +13,11 @@ import trio
 
 from tierd.node.handles import close_soon
 
-TRIES_MAX = 64
-TRY_SECONDS = 2.0
-"""Far more than the kernel takes from the one request to the next. A file may be kept longer, until the next call."""
+TRIES_MAX = 1024
+"""As many threads may read a file when it leaves the node tier. Each holds a descriptor, for a moment."""
+TRY_SECONDS = 5.0
+"""Far more than the kernel takes from the one request to the next, also on a machine with twenty times the work that it
+can do. A file may be kept longer, until the next call."""
 KEPT_SECONDS = 0.5
 """How old what was found may be when it is opened. An open that follows later is another one, of a thread that was not
 allowed to open what it found."""
