@@ -28,7 +28,6 @@ from redis import Redis
 from rich.console import Console
 from rich.table import Table
 
-from tierd.controller.db import Database
 from tierd.controller.migrate import known, migrate
 from tierd.controller.redis_client import redis_of
 from tierd.controller.settings import ControllerSettings
@@ -37,6 +36,7 @@ from tierd.metrics import FoldMetrics
 from tierd.node.index import Batch, Index, ModelDelta
 from tierd.node.outbox import Outbox
 from tierd.node.publish import Exchange, pause_s
+from tierd.postgres import Database
 from tierd.redis_options import redis_options
 
 STATEMENTS_A_MINUTE_MAX = 60.0

@@ -18,6 +18,7 @@ from rich.text import Text
 from tierd import (
     __version__,
     background,
+    cli_contexts,
     cli_controller,
     cli_import,
     cli_jobs,
@@ -387,3 +388,4 @@ cli_jobs.add_commands(app)
 cli_moves.add_commands(app)
 cli_import.add_commands(app)
 cli_outputs.add_commands(app)
+cli_contexts.add_commands(app)

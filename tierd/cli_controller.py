@@ -76,6 +76,7 @@ def status(config: Config = None, postgres: Postgres = None, as_json: AsJson = F
 
 
 def settings_of(postgres: str | None, config: Path | None) -> ControllerSettings:
+    """From options, environment and file. Raises UsageError, for a password among the options, too."""
     from tierd.controller.settings import PostgresUrl, load
 
     settings = load({"postgres": postgres}, os.environ, config)
@@ -88,16 +89,18 @@ def settings_of(postgres: str | None, config: Path | None) -> ControllerSettings
 
 
 async def _migrate(settings: ControllerSettings) -> tuple[Migration, ...]:
-    from tierd.controller import db, migrate
+    from tierd import postgres
+    from tierd.controller import migrate
 
-    async with db.connected(settings) as connection:
+    async with postgres.connected(settings) as connection:
         return await migrate.migrate(connection, migrate.known())
 
 
 async def _state(settings: ControllerSettings) -> State:
-    from tierd.controller import db, migrate
+    from tierd import postgres
+    from tierd.controller import migrate
 
-    async with db.connected(settings) as connection:
+    async with postgres.connected(settings) as connection:
         return await migrate.state(connection, migrate.known())
 
 

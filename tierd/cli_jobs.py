@@ -25,9 +25,9 @@ from tierd.errors import DatabaseError
 
 if TYPE_CHECKING:
     from tierd.controller.candidates import Situation
-    from tierd.controller.db import Connection
     from tierd.controller.job_runs import Run
     from tierd.controller.settings import ControllerSettings
+    from tierd.postgres import Connection
 
 _T = TypeVar("_T")
 _Dry = Annotated[bool, typer.Option("--dry-run", help="Tell what it would do, and change nothing.")]
@@ -290,9 +290,10 @@ def with_connection(settings: ControllerSettings, ask: Callable[[Connection], Co
     """Ask the database, if it is of this version."""
 
     async def main() -> _T:
-        from tierd.controller import db, migrate
+        from tierd import postgres
+        from tierd.controller import migrate
 
-        async with db.connected(settings) as connection:
+        async with postgres.connected(settings) as connection:
             await migrate.require_current(connection)
             return await ask(connection)
 

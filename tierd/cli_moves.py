@@ -137,11 +137,12 @@ def told(asked: Asked) -> dict[str, Any]:
 
 
 def _foresee(kind: str, model: str, settings: ControllerSettings, *, as_json: bool) -> None:
-    from tierd.controller import db, migrate
+    from tierd import postgres
+    from tierd.controller import migrate
     from tierd.controller.foresight import Foreseen, foresee
 
     async def main() -> Foreseen:
-        async with db.connected(settings) as connection:
+        async with postgres.connected(settings) as connection:
             await migrate.require_current(connection)
             return await foresee(connection, settings, kind, model)
 

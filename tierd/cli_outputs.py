@@ -21,8 +21,8 @@ from tierd.console import AsJson, human_bytes, out, print_json, printable, say
 from tierd.errors import UsageError
 
 if TYPE_CHECKING:
-    from tierd.controller.db import Connection
     from tierd.controller.output_books import Standing
+    from tierd.postgres import Connection
 
 _Tier = Literal["hot", "cold", "unbacked", "vanished"]
 _outputs = typer.Typer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno as _errno
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
@@ -361,6 +362,65 @@ class ControllerMetrics:
         for state, count in moves.items():
             self._unfinished.labels(state).set(count)
         self._silent.set(silent_nodes)
+
+
+class ContextMetrics:
+    """What applications and the controller count of chat contexts. Without a registry nobody sees it."""
+
+    TIERS = ("redis", "warm", "archive", "none")
+    OPERATIONS = ("get", "list", "save", "append", "delete", "delete_user")
+    MOVES = ("archived", "superseded", "promoted", "purged", "restored")
+    _BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self._reads = Counter(
+            "tierd_context_reads", "Conversations read, by the tier that had them.", ["tier"], registry=registry
+        )
+        self._seconds = Histogram(
+            "tierd_context_seconds", "Time that a call of the library takes.", ["operation"],
+            buckets=self._BUCKETS, registry=registry,
+        )  # fmt: skip
+        self._conflicts = Counter("tierd_context_conflicts", "Writes of stale versions, refused.", registry=registry)
+        self._cache_failures = Counter(
+            "tierd_context_cache_failures", "Calls that Redis was to help with and did not.", registry=registry
+        )
+        self._moves = Counter(
+            "tierd_context_moves", "Conversations that went from one tier to another.", ["move"], registry=registry
+        )
+        self._oldest = Gauge(
+            "tierd_context_oldest_seconds", "Age of the oldest conversation, by tier.", ["tier"], registry=registry
+        )
+        self._rows = Gauge("tierd_context_rows", "Conversations, by tier.", ["tier"], registry=registry)
+        for tier in self.TIERS:
+            self._reads.labels(tier)
+        for move in self.MOVES:
+            self._moves.labels(move)
+        self._timers = {name: self._seconds.labels(name) for name in self.OPERATIONS}
+
+    def timed(self, operation: str) -> AbstractContextManager[object]:
+        """Around a call: one of OPERATIONS."""
+        return self._timers[operation].time()
+
+    def read(self, tier: str) -> None:
+        """A conversation was found in one of TIERS."""
+        self._reads.labels(tier).inc()
+
+    def conflict(self) -> None:
+        """A stale writer was refused."""
+        self._conflicts.inc()
+
+    def cache_failed(self) -> None:
+        """Redis did not help."""
+        self._cache_failures.inc()
+
+    def moved(self, move: str, count: int) -> None:
+        """Conversations took one of MOVES."""
+        self._moves.labels(move).inc(count)
+
+    def seen(self, tier: str, *, rows: int, oldest_s: float) -> None:
+        """What `tierd contexts stats` found in a tier."""
+        self._rows.labels(tier).set(rows)
+        self._oldest.labels(tier).set(oldest_s)
 
 
 def _sum(counter: Counter) -> float:

@@ -15,7 +15,7 @@ _DEADLINE_SECONDS: Final = 5.0
 
 def checked_url(url: str) -> str:
     """`url` itself. Raises ValueError that says what is wrong with it, and repeats nothing of it."""
-    parts = _split(url)
+    parts = split_url(url)
     if parts.scheme not in _SCHEMES or parts.query or parts.fragment:
         raise ValueError("must be redis://HOST:PORT/NUMBER, rediss://… for TLS, or unix:///PATH")
     if parts.scheme == "unix" and (not parts.path.strip("/") or parts.hostname):
@@ -27,14 +27,14 @@ def checked_url(url: str) -> str:
 
 def address(url: str) -> str:
     """`HOST:PORT` or the socket's path: a URL as it may be shown."""
-    parts = _split(url)
+    parts = split_url(url)
     return unquote(parts.path) if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or _PORT}"
 
 
 def redis_options(url: str, password: str | None = None, ca: Path | None = None) -> dict[str, Any]:
     """Arguments for `redis.Redis` and `redis.asyncio.Redis`; `ca` holds the certificates to trust instead of the
     system's. `password` comes before one in the URL. Raises ValueError if that is none."""
-    parts = _split(checked_url(url))
+    parts = split_url(checked_url(url))
     options: dict[str, Any] = {
         "socket_timeout": _DEADLINE_SECONDS,
         "socket_connect_timeout": _DEADLINE_SECONDS,
@@ -51,8 +51,8 @@ def redis_options(url: str, password: str | None = None, ca: Path | None = None)
     return options
 
 
-def _split(url: str) -> SplitResult:
-    """urllib's own errors quote what they stumbled over."""
+def split_url(url: str) -> SplitResult:
+    """`urlsplit` that looks at the port, too. Raises ValueError without the URL, which urllib's own errors quote."""
     try:
         parts = urlsplit(url)
         _ = parts.port

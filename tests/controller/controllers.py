@@ -44,6 +44,8 @@ class Site:
             "metrics": "127.0.0.1:0",
             "nodes_report": False,
             "cleanup_at": "never",
+            "archive_at": "never",
+            "purge_contexts_at": "never",
             **more,
         }
         run(migrated(dsn))

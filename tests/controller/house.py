@@ -11,7 +11,8 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
-from tierd.controller import db, migrate
+from tierd import postgres
+from tierd.controller import migrate
 from tierd.controller.settings import ControllerSettings, load
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,9 +29,9 @@ HEEDS_CTRL_C = ("env", "--default-signal=INT")
 """Before a command: tests that a shell started in the background ignore SIGINT, and so would what they start."""
 
 
-def connected(dsn: str, **more: Any) -> AbstractAsyncContextManager[db.Connection]:
+def connected(dsn: str, **more: Any) -> AbstractAsyncContextManager[postgres.Connection]:
     """A connection of its own."""
-    return db.connected(settings_for(dsn, **more))
+    return postgres.connected(settings_for(dsn, **more))
 
 
 async def migrated(dsn: str) -> None:
@@ -39,7 +40,7 @@ async def migrated(dsn: str) -> None:
         await migrate.migrate(connection, migrate.known())
 
 
-async def until(connection: db.Connection, query: str, *values: object) -> None:
+async def until(connection: postgres.Connection, query: str, *values: object) -> None:
     """Wait for something that the server alone knows, and cannot be asked to tell."""
     while not await connection.fetchval(query, *values):  # noqa: ASYNC110 (see above)
         await asyncio.sleep(POLL_SECONDS)

@@ -14,7 +14,6 @@ from typing import Any
 from uuid import UUID
 
 from tests.controller.house import connected, settings_for
-from tierd.controller.db import Connection, Database
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.leader import begin_epoch
 from tierd.controller.move_workshop import MoveSettings
@@ -23,6 +22,7 @@ from tierd.controller.steps import MoveState
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import object_key
 from tierd.objects.store import ObjectStore, Stored
+from tierd.postgres import Connection, Database
 from tierd.stub_files import is_cold, read_origins
 from tierd.stubs import ORIGINS, RESERVED, STUBS, Origin
 

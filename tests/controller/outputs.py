@@ -17,7 +17,6 @@ from prometheus_client import CollectorRegistry
 from tests.controller.house import connected, settings_for
 from tierd.controller import output_books
 from tierd.controller.carrier import Carrier
-from tierd.controller.db import Database
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.job_names import JOB_HELP
 from tierd.controller.jobs import Context, Outcome
@@ -33,6 +32,7 @@ from tierd.controller.work import Work
 from tierd.metrics import ControllerMetrics
 from tierd.objects.directory import DirectoryStore
 from tierd.output_metrics import OutputMetrics
+from tierd.postgres import Database
 
 BUCKET = "generated-outputs"
 DAY = "user123/2026/01/12"

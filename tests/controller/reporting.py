@@ -15,13 +15,13 @@ from redis import Redis as SyncRedis
 
 from tests.controller.house import settings_for
 from tests.servers import run
-from tierd.controller.db import Database
 from tierd.controller.redis_client import redis_of
 from tierd.controller.statistics import StatisticsFold
 from tierd.metrics import FoldMetrics
 from tierd.node.index import Batch, Index, ModelDelta
 from tierd.node.outbox import Outbox
 from tierd.node.publish import Client, Exchange
+from tierd.postgres import Database
 from tierd.statistics import (
     FIELD,
     STREAM,

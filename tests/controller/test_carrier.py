@@ -12,8 +12,8 @@ import pytest
 from tests.controller.house import settings_for
 from tests.servers import run
 from tierd.controller.carrier import AT_ONCE, Carrier
-from tierd.controller.db import Database
 from tierd.controller.leader import NotLeaderError
+from tierd.postgres import Database
 
 
 class Road:

@@ -17,8 +17,8 @@ from tests.servers import run
 from tierd.controller import catalogue, catalogue_scan
 from tierd.controller.catalogue import Scanned
 from tierd.controller.catalogue_scan import Seen
-from tierd.controller.db import Connection, Database
 from tierd.errors import UsageError
+from tierd.postgres import Connection, Database
 
 ROOTS = (b"models", b"hot-models")
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.controller.house import connected, settings_for
 from tests.servers import PostgresServer, free_port, run
-from tierd.controller import db
+from tierd import postgres as db
 from tierd.errors import DatabaseError
 
 DirectoryFactory = Callable[[str], Path]

@@ -14,7 +14,6 @@ from tests.controller.fate import Fate
 from tests.controller.house import connected, settings_for, until
 from tests.controller.moving import BUCKET, FILES, MODEL, Site, demote, stub_path
 from tests.servers import run
-from tierd.controller.db import Database
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.leader import NotLeaderError, begin_epoch
 from tierd.controller.move_books import Books, StateChanged, set_state
@@ -22,6 +21,7 @@ from tierd.controller.move_file import MoveRefused
 from tierd.controller.moves import Moves
 from tierd.controller.steps import MoveState
 from tierd.objects.keys import manifest_key, object_key
+from tierd.postgres import Database
 from tierd.recall import fetch_from, recall
 from tierd.stub_files import locked
 from tierd.stubs import COLD_MARK

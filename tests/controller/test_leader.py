@@ -10,8 +10,8 @@ import pytest
 
 from tests.controller.house import POLL_SECONDS, connected, migrated, until
 from tests.servers import run
-from tierd.controller.db import Connection
 from tierd.controller.leader import NotLeaderError, assert_leader, begin_epoch
+from tierd.postgres import Connection
 
 
 async def end_session(watcher: Connection, victim: Connection) -> None:

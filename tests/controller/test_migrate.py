@@ -12,9 +12,9 @@ import pytest
 
 from tests.controller.house import COMMAND_SECONDS, connected, start
 from tests.servers import run
-from tierd.controller.db import Connection
 from tierd.controller.migrate import LOCKS, MIGRATIONS, Migration, known, migrate, require_current, state
 from tierd.errors import DatabaseError
+from tierd.postgres import Connection
 
 KNOWN = known()
 POLL_SECONDS = 0.05

@@ -15,11 +15,11 @@ from tests.controller.house import settings_for
 from tests.controller.outputs import BUCKET, DAY, OLD_NS, House, Killed, sha
 from tests.servers import run
 from tierd.controller import output_books
-from tierd.controller.db import Database
 from tierd.controller.leader import NotLeaderError
 from tierd.controller.output_scan import Scanned
 from tierd.controller.statistics_plan import OutputSum
 from tierd.objects.directory import DirectoryStore
+from tierd.postgres import Database
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from tests.controller.house import settings_for
 from tests.controller.moving import MODEL, Site, site_of
 from tests.mounts import wait_until
 from tests.servers import RedisServer, run
-from tierd.controller.db import Database
 from tierd.controller.redis_client import redis_of
 from tierd.controller.requests import PromoteRequests
 from tierd.metrics import ControllerMetrics
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import object_key
+from tierd.postgres import Database
 from tierd.promote_wishes import MODELS_MAX, STREAM, PromoteWish, decode, encode
 from tierd.statistics import FIELD
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.controller.house import connected, migrated
 from tests.servers import run
-from tierd.controller.db import Connection
 from tierd.controller.events import purge_events
+from tierd.postgres import Connection
 
 SEED_TABLES = {
     "model_locations": "model_id tier size_bytes last_access created_at",
@@ -33,6 +33,13 @@ STATISTICS_TABLES = {
     "node_leases": "node_id model_id",
     "statistics_applied": "node_id boot sequence applied_at",
 }
+CONTEXT_TABLES = {
+    "context_archive_keys": "user_id conversation_id archived_at",
+    "context_tombstones": "digest version erased_at",
+    "context_cache_debts": "user_id conversation_id id",
+    "context_exports": "month state attempt rows size_bytes sha256 verified_at dropped_at",
+    "prompt_templates": "user_id name version template created_at",
+}
 MODEL = "INSERT INTO model_locations (model_id, tier, size_bytes) VALUES ('models/a', 'hot', 7)"
 MOVE = "INSERT INTO moves (kind, subject) VALUES ('demote', 'models/a')"
 FILE = "INSERT INTO move_files (move_id, path, size_bytes, mtime_ns, inode, mode, sha256, state)"
@@ -40,6 +47,7 @@ CONTEXT = "INSERT INTO user_contexts (user_id, conversation_id, messages) VALUES
 ARCHIVED = (
     "INSERT INTO user_contexts_archive (user_id, conversation_id, messages, created_at) VALUES ('u', 'c', '[]', now())"
 )
+ARCHIVED_KEY = "INSERT INTO context_archive_keys VALUES ('u', 'c', now())"
 NODE = "INSERT INTO nodes (node_id, boot) VALUES ('n', gen_random_uuid())"
 
 
@@ -56,10 +64,10 @@ def test_tables_have_the_columns_and_indexes_of_the_platform(database: str) -> N
         async with connected(database) as connection:
             for table, names in SEED_TABLES.items():
                 assert (await columns(connection, table))[: len(names.split())] == names.split()
-            for table, names in STATISTICS_TABLES.items():
+            for table, names in {**STATISTICS_TABLES, **CONTEXT_TABLES}.items():
                 assert await columns(connection, table) == names.split()
             found = await connection.fetch("SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'")
-            indexes = {row["indexname"]: row["indexdef"] for row in found}
+            indexes = {row["indexname"]: row["indexdef"].replace(" ON ONLY ", " ON ") for row in found}
             for name, what in SEED_INDEXES.items():
                 assert indexes[name].endswith(f"ON public.{what.replace(' (', ' USING btree (')}")
 
@@ -113,7 +121,12 @@ LONG = asyncpg.StringDataRightTruncationError
         (MODEL, "UPDATE model_locations SET hits = -1", CHECK),
         (MODEL, "UPDATE model_locations SET files = -1", CHECK),
         (CONTEXT, CONTEXT, UNIQUE),
-        (ARCHIVED, ARCHIVED, UNIQUE),
+        (ARCHIVED_KEY, ARCHIVED_KEY.replace("now()", "'2020-01-01Z'"), UNIQUE),  # in whatever month
+        ("", ARCHIVED.replace("created_at)", "created_at, version)").replace("now())", "now(), 0)"), CHECK),
+        ("", CONTEXT.replace("messages)", "messages, version)").replace("'[]')", "'[]', 0)"), CHECK),
+        ("", "INSERT INTO context_tombstones VALUES ('short', 1)", CHECK),
+        ("", "INSERT INTO context_exports (month, state) VALUES ('2026-1', 'verified')", CHECK),
+        ("", "INSERT INTO context_exports (month, state) VALUES ('2026-01', 'lost')", CHECK),
         ("", ARCHIVED.replace("now()", "NULL"), NULL),
         ("", ARCHIVED.replace(", created_at", "").replace(", now()", ""), NULL),
         ("", MOVE.replace("demote", "teleport"), CHECK),

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from tierd.controller import move_wishes
-from tierd.controller.db import Connection, connected
 from tierd.controller.leading import lead_once
 from tierd.controller.migrate import require_current
 from tierd.controller.move_wishes import Answers, Wish
@@ -20,6 +19,7 @@ from tierd.controller.settings import ControllerSettings
 from tierd.controller.steps import FINAL
 from tierd.controller.workplace import Workplace, holder
 from tierd.errors import DatabaseError
+from tierd.postgres import Connection, connected
 
 _POLL_SECONDS: Final = 0.5
 _UNHEARD_SECONDS_MAX: Final = 60.0

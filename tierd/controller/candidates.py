@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
 from tierd.controller import nodes
-from tierd.controller.db import Connection
 from tierd.controller.nodes import NodeReport
 from tierd.controller.retention import Caps, HotModel, Rules, Spent, Verdict, decide
 from tierd.controller.settings import ControllerSettings
+from tierd.postgres import Connection
 
 CLOCKS_APART_MAX: Final = timedelta(hours=1)
 """Two clocks that differ by more cannot both be right, and one of them decides what is old."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
-from tierd.controller.db import Database
+from tierd.postgres import Database
 
 AT_ONCE: Final = 2
 """Of those that somebody may wait for (promotions and the like), and as many demotions besides."""

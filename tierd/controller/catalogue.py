@@ -18,8 +18,8 @@ import structlog
 
 from tierd.controller import catalogue_scan
 from tierd.controller.catalogue_scan import Scan, Seen
-from tierd.controller.db import Connection, Database
 from tierd.errors import UsageError
+from tierd.postgres import Connection, Database
 
 log = structlog.get_logger(__name__)
 

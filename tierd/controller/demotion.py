@@ -14,7 +14,6 @@ from functools import partial
 
 from tierd.controller import moves_sql as sql
 from tierd.controller.cold_copy import ColdCopy
-from tierd.controller.db import Connection
 from tierd.controller.hot_scan import scan
 from tierd.controller.hot_tree import split
 from tierd.controller.move_books import (
@@ -37,6 +36,7 @@ from tierd.controller.stubbing import ChangedMeanwhile, Stubbing
 from tierd.objects.keys import shown, validate_model_id
 from tierd.objects.manifest import ManifestDamaged
 from tierd.objects.store import ObjectDamaged, ObjectMissing
+from tierd.postgres import Connection
 from tierd.stubs import Origin
 
 _GIVEN_UP = (ChangedMeanwhile, ManifestDamaged, ObjectDamaged, ObjectMissing, MoveRefused)

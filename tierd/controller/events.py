@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierd.controller.db import Connection
+from tierd.postgres import Connection
 
 # The oldest first, and no more at a time than a short transaction takes.
 _PURGE = """

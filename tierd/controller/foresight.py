@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tierd.controller import moves_sql as sql
-from tierd.controller.db import Connection
 from tierd.controller.move_books import lock_model, refuse_if_in_use, refuse_if_moving
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.steps import UNTOUCHED, MoveState
 from tierd.objects.keys import shown, validate_model_id
+from tierd.postgres import Connection
 
 
 class Foreseen(NamedTuple):

@@ -7,10 +7,10 @@ from typing import Final
 import structlog
 
 from tierd.controller import nodes, output_books
-from tierd.controller.db import Connection
 from tierd.controller.events import purge_events
 from tierd.controller.job_runs import purge_runs
 from tierd.controller.work import Work
+from tierd.postgres import Connection
 
 log = structlog.get_logger(__name__)
 

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from tierd.controller import moves_sql as sql
-from tierd.controller.db import Connection
 from tierd.controller.hot_tree import joined
 from tierd.controller.import_tree import ImportTree, Making
 from tierd.controller.imports import Found, sort_out
@@ -31,6 +30,7 @@ from tierd.controller.move_workshop import BATCH_FILES, Fence, Workshop
 from tierd.controller.steps import FileState, MoveKind, MoveState
 from tierd.objects.keys import IMPORTED, object_key, shown, validate_model_id
 from tierd.objects.store import Stored
+from tierd.postgres import Connection
 from tierd.stubs import Origin
 
 _FILE_MODE = 0o644

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 
-from tierd.controller.db import Connection
 from tierd.controller.leader import assert_leader
+from tierd.postgres import Connection
 
 Ending = Literal["done", "failed", "refused", "interrupted"]
 KEPT: Final = 1000

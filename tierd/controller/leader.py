@@ -8,9 +8,9 @@ with the lock is gone, and keeps a later epoch from beginning until the transact
 
 from __future__ import annotations
 
-from tierd.controller.db import Connection
 from tierd.controller.migrate import LOCKS
 from tierd.errors import DatabaseError
+from tierd.postgres import Connection
 
 _LEADER_LOCK = 2
 

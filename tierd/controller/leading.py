@@ -14,12 +14,12 @@ from typing import Final
 
 import structlog
 
-from tierd.controller.db import Connection, connected
 from tierd.controller.leader import NotLeaderError, begin_epoch
 from tierd.controller.migrate import SchemaError, require_current
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.tasks import Pause, reason_of, together
 from tierd.errors import DatabaseError, TierdError
+from tierd.postgres import Connection, connected
 
 log = structlog.get_logger(__name__)
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import asyncpg  # type: ignore[import-untyped]
 
-from tierd.controller.db import Connection
 from tierd.errors import DatabaseError
+from tierd.postgres import Connection
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 LOCKS = 0x74696572

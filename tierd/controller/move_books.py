@@ -14,11 +14,11 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from tierd.controller import moves_sql as sql
-from tierd.controller.db import Connection, Database
 from tierd.controller.leader import assert_leader
 from tierd.controller.move_file import HotFile, LeasesUnknown, MoveFile, MoveRefused
 from tierd.controller.steps import FileState, MoveKind, MoveState
 from tierd.objects.keys import shown
+from tierd.postgres import Connection, Database
 
 _BIGINT = 1 << 64
 _SIGN = 1 << 63

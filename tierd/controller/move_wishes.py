@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 
-from tierd.controller.db import Connection, Database
 from tierd.controller.leader import NotLeaderError, assert_leader
 from tierd.errors import DatabaseError, TierdError
 from tierd.objects.keys import shown, validate_model_id
+from tierd.postgres import Connection, Database
 
 log = structlog.get_logger(__name__)
 

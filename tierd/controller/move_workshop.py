@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
 from tierd.controller import moves_sql as sql
-from tierd.controller.db import Connection, Database
 from tierd.controller.hot_scan import Subject
 from tierd.controller.hot_tree import HotTree, split
 from tierd.controller.move_books import Books, Move, hold, set_state
@@ -28,6 +27,7 @@ from tierd.controller.stubbing import At, Stubbing
 from tierd.controller.subjects import Models, Subjects
 from tierd.errors import TierdError
 from tierd.objects.store import ObjectStore
+from tierd.postgres import Connection, Database
 
 _FENCE_SECONDS: Final = 40.0
 """Within this much of the beginning of its transaction an effect may begin; `db` ends idle ones after 60 s."""

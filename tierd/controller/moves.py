@@ -15,7 +15,6 @@ import structlog
 
 from tierd.controller import moves_sql as sql
 from tierd.controller import output_moves
-from tierd.controller.db import Database
 from tierd.controller.demotion import Demotion
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.importing import Importing
@@ -32,6 +31,7 @@ from tierd.controller.wasted import clean_up
 from tierd.errors import TierdError
 from tierd.objects.keys import shown, validate_model_id
 from tierd.objects.store import ObjectStore
+from tierd.postgres import Database
 
 log = structlog.get_logger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Final, NamedTuple
 
-from tierd.controller.db import Connection
 from tierd.errors import UsageError
+from tierd.postgres import Connection
 
 _NAMED_MAX: Final = 5
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Final
 
 from tierd.controller import job_runs
-from tierd.controller.db import Connection, connected
 from tierd.controller.job_runs import Run
 from tierd.controller.jobs import Job, run_next
 from tierd.controller.leading import lead_once
@@ -20,6 +19,7 @@ from tierd.controller.migrate import require_current
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.workplace import Workplace, holder
 from tierd.errors import DatabaseError
+from tierd.postgres import Connection, connected
 
 _POLL_SECONDS: Final = 0.5
 _UNHEARD_SECONDS_MAX: Final = 60.0

@@ -22,7 +22,6 @@ import structlog
 from tierd.controller import output_books as books
 from tierd.controller import outputs_sql as sql
 from tierd.controller.cold_copy import sha256_of
-from tierd.controller.db import Database
 from tierd.controller.leader import NotLeaderError
 from tierd.controller.move_books import Books
 from tierd.controller.output_books import FileVersion, Pending, signed
@@ -33,6 +32,7 @@ from tierd.objects.keys import object_key, shown
 from tierd.objects.store import ObjectDamaged, ObjectStore, Place
 from tierd.output_metrics import OutputMetrics
 from tierd.outputs import Fault, parse
+from tierd.postgres import Database
 from tierd.syscalls import forced_stat
 
 log = structlog.get_logger(__name__)

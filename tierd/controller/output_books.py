@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from tierd.controller import outputs_sql as sql
-from tierd.controller.db import Connection
 from tierd.controller.statistics_plan import OutputSum
 from tierd.output_metrics import TIERS
 from tierd.outputs import Output, parse
+from tierd.postgres import Connection
 
 _BIGINT = 1 << 64
 _SIGN = 1 << 63

@@ -16,7 +16,6 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from tierd.controller.candidates import clocks_apart
-from tierd.controller.db import Connection
 from tierd.controller.jobs import Context, Outcome
 from tierd.controller.leader import NotLeaderError
 from tierd.controller.move_file import MoveRefused
@@ -24,6 +23,7 @@ from tierd.controller.output_moves import Day
 from tierd.controller.tasks import reason_of
 from tierd.errors import TierdError
 from tierd.objects.keys import shown
+from tierd.postgres import Connection
 
 log = structlog.get_logger(__name__)
 

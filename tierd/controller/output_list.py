@@ -14,10 +14,10 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from tierd.controller.cold_copy import sha256_of
-from tierd.controller.db import Connection
 from tierd.controller.output_backup import key_of
 from tierd.errors import UsageError
 from tierd.objects.store import FileRange, ObjectDamaged, ObjectStore, Place, Stored
+from tierd.postgres import Connection
 
 FAULTS_MAX: Final = 1000
 _TIER: Final = """

@@ -12,10 +12,10 @@ import json
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from tierd.controller.db import Connection
 from tierd.controller.move_books import Books, Move, note, refuse_if_moving
 from tierd.controller.move_file import MoveRefused
 from tierd.objects.keys import shown, validate_model_id
+from tierd.postgres import Connection
 
 _ADD_MOVE: Final = """
 INSERT INTO moves (kind, subject, version, epoch, size_bytes, reason, detail)

@@ -17,11 +17,11 @@ import structlog
 
 from tierd.controller import output_books as books
 from tierd.controller import outputs_sql as sql
-from tierd.controller.db import Database
 from tierd.controller.output_books import signed
 from tierd.controller.output_files import BATCH_FILES, Day, Faults, OutputFiles
 from tierd.objects.keys import shown
 from tierd.outputs import Fault, day_of
+from tierd.postgres import Database
 
 log = structlog.get_logger(__name__)
 

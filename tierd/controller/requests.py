@@ -12,12 +12,12 @@ from typing import Any, Final, NamedTuple, Protocol
 import structlog
 from redis.asyncio import Redis
 
-from tierd.controller.db import Database
 from tierd.controller.leader import NotLeaderError
 from tierd.controller.move_file import MoveRefused
 from tierd.errors import DatabaseError, TierdError
 from tierd.metrics import ControllerMetrics
 from tierd.objects.keys import shown
+from tierd.postgres import Database
 from tierd.promote_wishes import STREAM, decode
 from tierd.statistics import FIELD, BadMessage
 

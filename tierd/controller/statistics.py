@@ -23,10 +23,10 @@ from redis.exceptions import RedisError, ResponseError
 
 from tierd.controller import output_books
 from tierd.controller import statistics_sql as sql
-from tierd.controller.db import Connection, Database, heed_cancellation
 from tierd.controller.statistics_plan import Boot, Known, Plan, Received, age_ns, plan
 from tierd.errors import DatabaseError
 from tierd.metrics import FoldMetrics
+from tierd.postgres import Connection, Database, heed_cancellation
 from tierd.statistics import FIELD, GROUP, STREAM, BadMessage, applied_key, decode
 
 log = structlog.get_logger(__name__)

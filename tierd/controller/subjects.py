@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from tierd.controller import moves_sql as sql
-from tierd.controller.db import Connection
 from tierd.controller.move_books import Catalogued, Move, lock_model, read_files, refuse_if_in_use
 from tierd.controller.move_file import MoveRefused
 from tierd.objects.keys import shown
+from tierd.postgres import Connection
 
 
 class Subjects(Protocol):

@@ -10,9 +10,9 @@ import asyncpg  # type: ignore[import-untyped]
 import structlog
 from redis.exceptions import RedisError
 
-from tierd.controller.db import heed_cancellation
 from tierd.controller.leader import NotLeaderError
 from tierd.errors import TierdError
+from tierd.postgres import heed_cancellation
 
 log = structlog.get_logger(__name__)
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierd.controller.carrier import Carrier
-from tierd.controller.db import Database
 from tierd.controller.moves import Moves
 from tierd.controller.output_backup import OutputBackup
 from tierd.controller.output_files import OutputFiles
 from tierd.controller.settings import ControllerSettings
-from tierd.metrics import ControllerMetrics
+from tierd.metrics import ContextMetrics, ControllerMetrics
+from tierd.objects.store import ObjectStore
 from tierd.output_metrics import OutputMetrics
+from tierd.postgres import Database
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Work:
     moves: Moves
     carrier: Carrier
     metrics: ControllerMetrics
+    store: ObjectStore
+    context_metrics: ContextMetrics
     output_files: OutputFiles
     output_backup: OutputBackup
     output_metrics: OutputMetrics

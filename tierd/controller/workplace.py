@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 
 from tierd.controller import job_runs
 from tierd.controller.carrier import Carrier
-from tierd.controller.db import Database
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.job_names import JOB_HELP
 from tierd.controller.move_workshop import MoveSettings
@@ -24,9 +23,10 @@ from tierd.controller.output_files import OutputFiles
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.work import Work
 from tierd.errors import UsageError
-from tierd.metrics import ControllerMetrics
+from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.settings import describe, open_store
 from tierd.output_metrics import OutputMetrics
+from tierd.postgres import Database
 
 log = structlog.get_logger(__name__)
 
@@ -46,6 +46,7 @@ class Workplace:
         self.registry = CollectorRegistry()
         self.metrics = ControllerMetrics(self.registry, JOB_HELP)
         self.output_metrics = OutputMetrics(self.registry)
+        self.context_metrics = ContextMetrics(self.registry)
 
     @asynccontextmanager
     async def work(self, epoch: int) -> AsyncIterator[Work]:
@@ -62,7 +63,7 @@ class Workplace:
             try:
                 yield Work(
                     *(self.settings, database, epoch, self.source, moves, carrier, self.metrics),
-                    *(files, backup, self.output_metrics),
+                    *(store, self.context_metrics, files, backup, self.output_metrics),
                 )
             finally:
                 store.close()  # first: then what its threads do ends soon

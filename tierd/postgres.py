@@ -16,8 +16,8 @@ from typing import Any, Protocol, Self
 
 import asyncpg  # type: ignore[import-untyped]
 
-from tierd.controller.settings import ControllerSettings, PostgresAddress
 from tierd.errors import DatabaseError
+from tierd.postgres_settings import PostgresAddress, PostgresSettings
 
 _ANSWER_GRACE_SECONDS = 5.0
 """How much longer than the server the client waits: the server's own error says more."""
@@ -60,11 +60,13 @@ class Database:
     """The pool of one process.
 
     Contract: any task may ask for connections; one that it got is its own for the length of the `with`, and goes back
-    without a transaction. More tasks than `postgres_connections` wait, for as long as a statement may take. While the
-    database is away, asking for a connection and each statement raise DatabaseError; the pool connects again by itself.
+    without a transaction, and as it was: whoever uses it leaves nothing in its session (SET LOCAL, locks of
+    transactions; `connected` is for what lasts longer). More tasks than `postgres_connections` wait, for as long as a
+    statement may take. While the database is away, asking for a connection and each statement raise DatabaseError; the
+    pool connects again by itself.
     """
 
-    def __init__(self, settings: ControllerSettings) -> None:
+    def __init__(self, settings: PostgresSettings) -> None:
         self.address = settings.database()
         self._settings = settings
         self._pool: Any = None
@@ -117,7 +119,7 @@ class Database:
 
 
 @asynccontextmanager
-async def connected(settings: ControllerSettings) -> AsyncIterator[Connection]:
+async def connected(settings: PostgresSettings) -> AsyncIterator[Connection]:
     """A connection outside of the pool: for what belongs to a session, such as advisory locks. Raises DatabaseError."""
     address = settings.database()
     with _translated(address, "cannot connect to"):
@@ -163,6 +165,10 @@ def _connection_class(address: PostgresAddress) -> type[Connection]:
     """
 
     class Translating(asyncpg.Connection):  # type: ignore[misc] # without types
+        def get_reset_query(self) -> str:
+            """None: a round trip for each use of the pool, to undo what nobody does (see Database)."""
+            return ""
+
         async def execute(self, *args: Any, **options: Any) -> Any:
             with self._translated():
                 return await super().execute(*args, **options)
@@ -193,7 +199,7 @@ def _connection_class(address: PostgresAddress) -> type[Connection]:
     return Translating
 
 
-def _options(settings: ControllerSettings, address: PostgresAddress) -> dict[str, Any]:
+def _options(settings: PostgresSettings, address: PostgresAddress) -> dict[str, Any]:
     return {
         "host": address.host,
         "port": address.port,
