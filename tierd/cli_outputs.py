@@ -17,6 +17,7 @@ from rich.text import Text
 
 from tierd.cli_controller import Config, Postgres, settings_of
 from tierd.cli_jobs import with_connection
+from tierd.cli_output_delete import delete_outputs
 from tierd.console import AsJson, human_bytes, out, print_json, printable, say
 from tierd.errors import UsageError
 
@@ -34,7 +35,8 @@ _outputs = typer.Typer(
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Register the commands of this module."""
+    """Register the commands of this module, and `delete`."""
+    _outputs.command("delete")(delete_outputs)
     app.add_typer(_outputs, name="outputs")
 
 

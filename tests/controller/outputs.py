@@ -27,9 +27,10 @@ from tierd.controller.output_backup import BackupSettings, OutputBackup, key_of
 from tierd.controller.output_cleanup import cleanup_old_outputs
 from tierd.controller.output_files import OutputFiles
 from tierd.controller.output_scan import OutputScan, Scanned
+from tierd.controller.output_work import output_work_of
 from tierd.controller.statistics_plan import OutputSum
 from tierd.controller.work import Work
-from tierd.metrics import ControllerMetrics
+from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.directory import DirectoryStore
 from tierd.output_metrics import OutputMetrics
 from tierd.postgres import Database
@@ -101,7 +102,20 @@ class House:
             told = settings_for(self.dsn, **more)
             metrics = ControllerMetrics(CollectorRegistry(), JOB_HELP)
             source = self.root / "source"
-            work = Work(told, database, epoch, source, moves, carrier, metrics, files, backup, self.metrics)
+            work = Work(
+                *(
+                    told,
+                    database,
+                    epoch,
+                    source,
+                    moves,
+                    carrier,
+                    metrics,
+                    self.store,
+                    ContextMetrics(CollectorRegistry()),
+                ),
+                *(files, backup, self.metrics, output_work_of(told, moves, files)),
+            )
             try:
                 yield Leader(work)
             finally:
