@@ -6,16 +6,18 @@ What it needs is imported when it runs: a node daemon shall not carry the contro
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from tierd import log
 from tierd.cli_controller import Config, Postgres, settings_of
 from tierd.cli_jobs import with_connection
 from tierd.console import AsJson, err, human_bytes, out, print_json, printable, say
-from tierd.errors import TierdError
+from tierd.errors import TierdError, UsageError
 
 if TYPE_CHECKING:
     from tierd.controller.output_deletion import Deletion
@@ -44,6 +46,7 @@ def delete_outputs(
     asked for goes on. Exit 1 if it has not come to its end, or not every node has confirmed that it has nothing.
     """
     settings = settings_of(postgres, config)
+    log.configure("warning", settings.log_format)
     count, size = _foresee(settings, user, output)
     if dry_run:
         if as_json:
@@ -52,9 +55,7 @@ def delete_outputs(
             say(out, f"would delete {count} registered outputs of {user}, {human_bytes(size)}")
         return
     if not yes:
-        typer.confirm(
-            f"Delete {count} outputs of {printable(user)} ({human_bytes(size)}) for good?", abort=True, err=True
-        )
+        _confirm(f"Delete {count} outputs of {printable(user)} ({human_bytes(size)}) for good?")
     found = _delete(settings, user, output, wait)
     if as_json:
         print_json(_told(user, found))
@@ -62,6 +63,12 @@ def delete_outputs(
         raise _failure(user, found)
     if not as_json:
         say(out, f"{found.outputs} outputs of {user} are deleted everywhere")
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise UsageError("nobody can be asked whether it is meant", hint="say --yes, or look first with --dry-run")
+    typer.confirm(question, abort=True, err=True)
 
 
 def _foresee(settings: ControllerSettings, user: str, output: UUID | None) -> tuple[int, int]:

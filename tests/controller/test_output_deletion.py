@@ -517,7 +517,9 @@ async def prepared(house: House, leader: Leader, where: str, user: str) -> tuple
     return gone, stays
 
 
-@pytest.mark.parametrize("where", ["hot", "in grace", "cold"])
+@pytest.mark.parametrize(
+    "where", ["in grace", *(pytest.param(name, marks=pytest.mark.campaign) for name in ("hot", "cold"))]
+)
 def test_a_deletion_killed_between_any_two_steps_ends(house: House, where: str) -> None:
     async def one(number: int, count: Callable[[], None]) -> None:
         armed = False
