@@ -31,7 +31,7 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(("name", "code"), _commands())
 def test_commands_of_the_docs_run(name: str, code: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    database = {"TIERDCTL_POSTGRES": request.getfixturevalue("database")} if name in ("controller", "moves") else {}
+    database = {"TIERDCTL_POSTGRES": request.getfixturevalue("database")} if name in ("controller", "moves", "outputs") else {}
     env = _environment() | database
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code],
