@@ -1,9 +1,9 @@
 """What the deletion of an output does in the source: its file, its stub, its copy in the trash go. Decides nothing.
 
-Only what was there when the deletion was planned goes: a file is that one by inode, size and time of modification, a
-stub by its inode and what it stands for. A name is first moved aside and looked at there, where nobody reaches it by
-name; what is another file by now goes back. Blocking, any thread; each call is harmless to repeat, and callers see to
-it that one process at a time deletes.
+Only what was there when the deletion was planned goes: a file is that one by inode, size and time of modification (its
+own, or its stub's, whichever a move put there since), a stub by what it stands for. A name is first moved aside and
+looked at there, where nobody reaches it by name; what is another file by now goes back. Blocking, any thread; each call
+is harmless to repeat, and callers see to it that one process at a time deletes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Standing(NamedTuple):
 
 
 class Tombstone(NamedTuple):
-    """An output that is deleted, and what there was of it. `keep`: versions whose objects stay."""
+    """An output that is deleted, and what there was of it. `keep`: versions whose objects stay; `thorough`: none does,
+    wherever users may have taken a stub."""
 
     output_id: UUID
     user: str
@@ -52,8 +53,8 @@ class Tombstone(NamedTuple):
     size: int | None
     mtime_ns: int | None
     stub: int | None
-    trash: int | None
     gone: bool
+    thorough: bool
 
     @property
     def name(self) -> bytes:
@@ -93,16 +94,28 @@ class ErasureFiles:
         origin = found.origin
         return origin is not None and (origin.model_id.encode(), origin.path) == (self._directory, found.name)
 
-    def hide(self, dead: Tombstone, move: int | None) -> bool:
-        """Its name means nothing any more, nor does the trash of a demotion, `move`, have it: False if that has another
-        file of its name, of an output that was written later. Raises OSError."""
+    def hide(self, dead: Tombstone, move: int | None) -> None:
+        """Its name means nothing any more; the trash of the demotion `move`, which has it, has it no more. Raises
+        OSError."""
         with self._tree.directory_if_there(self._directory) as fd:
             if fd is not None:
                 self._remove(fd, dead.name, b"hot", lambda st: _is_file_of(st, dead))
         with opened_layer(self._tree, self._directory) as layer:
-            if layer is not None and dead.stub is not None:
-                self._remove(layer.stubs, dead.name, b"cold", lambda st: st.st_ino == dead.stub and is_cold(st))
-        return move is not None and self._empty_trash(dead, move)
+            if layer is not None:
+                stubs = self._stubs_of(dead)
+                self._remove(layer.stubs, dead.name, b"cold", lambda st: st.st_ino in stubs and is_cold(st))
+        if move is not None:
+            self._empty_trash(dead, move)
+
+    def _stubs_of(self, dead: Tombstone) -> set[int]:
+        """Inodes of stubs for its objects; one that was written later has later ones."""
+        origins = cold_tree.origins_of(self._tree, self._directory)
+        model_id = self._directory.decode()
+        return {
+            inode
+            for inode, origin in origins.items()
+            if (origin.model_id, origin.path) == (model_id, dead.name) and origin.version <= dead.version
+        }
 
     def _remove(self, fd: int, name: bytes, kind: bytes, is_it: _IsIt) -> None:
         aside = name + b"." + kind
@@ -132,22 +145,21 @@ class ErasureFiles:
         except FileExistsError:  # a third one has the name by now: it counts, and this one is kept
             log.error("output_left_aside", name=shown(name), trash=shown(self._aside), reason="another file is there")
 
-    def _empty_trash(self, dead: Tombstone, move: int) -> bool:
+    def _empty_trash(self, dead: Tombstone, move: int) -> None:
         with self._tree.directory_if_there(TRASH + b"/%d" % move) as trash:
-            st = stat_of(trash, dead.name) if trash is not None else None
-            if trash is None or st is None:
-                return True
-            if st.st_ino != dead.trash:
-                return False
+            if trash is None or stat_of(trash, dead.name) is None:
+                return
             self._at("delete from trash")
             os.unlink(dead.name, dir_fd=trash)
             self._at("deleted from trash")
-        return True
 
     def tidy(self, dead: Sequence[Tombstone]) -> None:
-        """Forget what the stubs stood for, and have all of it last. Raises OSError."""
+        """Forget what stubs stood for whose objects all go, and have it last. Raises OSError.
+
+        Of those that were removed on a node nothing is forgotten while there are stubs: one of them may be theirs.
+        """
         self._at("forget origins")
-        stubs = {one.stub for one in dead if one.stub is not None}
+        stubs = set().union(*(self._stubs_of(one) for one in dead if one.thorough))
         cold_tree.forget(self._tree, self._directory, stubs)
         with self._tree.directory_if_there(self._directory) as fd:
             if fd is not None:
@@ -163,7 +175,5 @@ class ErasureFiles:
 
 
 def _is_file_of(st: os.stat_result, dead: Tombstone) -> bool:
-    """The file that was there, or its stub that got its bytes back meanwhile, unchanged."""
-    if st.st_mtime_ns == dead.mtime_ns and st.st_size == dead.size and st.st_ino == dead.inode:
-        return True
-    return dead.stub is not None and dead.inode is None and st.st_ino == dead.stub and not is_cold(st)
+    """The file that was there, or its stub that got its bytes back meanwhile."""
+    return st.st_ino in (dead.inode, dead.stub) and (st.st_size, st.st_mtime_ns) == (dead.size, dead.mtime_ns)
