@@ -13,9 +13,22 @@ from structlog.testing import capture_logs
 from tests.controller.moving import stub_path
 from tests.controller.outputs import BUCKET, House, Leader
 from tests.controller.reporting import BOOT, OTHER_BOOT, controller_of, send
-from tests.controller.test_output_deletion import USER, ask, demoted, end_grace, known, objects, standing, trash, work
+from tests.controller.test_output_deletion import (
+    USER,
+    ask,
+    confirm,
+    demoted,
+    end_grace,
+    known,
+    objects,
+    standing,
+    trash,
+    work,
+)
 from tests.controller.test_output_moves import read
 from tests.servers import run
+from tierd.controller.erasure_news import ErasureNews
+from tierd.erasures import WAITING, decode, key_of
 from tierd.statistics import Message, OpenReport, encode
 
 DAY = f"{USER}/2026/01/12"
@@ -277,3 +290,50 @@ def test_a_deletion_that_is_planned_while_files_are_switched_takes_what_came_of_
 
     run(main())
     assert (read(house, gone), read(house, stays)) == (None, b"stays")
+
+
+def test_a_stub_that_has_its_bytes_and_not_its_place_goes_too(house: House) -> None:
+    path = house.make(content=b"content")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await demoted(house, leader, grace_over=True)
+            stub = stub_path(house.outputs / path)
+            times = stub.stat()
+            stub.chmod(0o644)
+            stub.write_bytes(b"content")
+            os.utime(stub, ns=(times.st_atime_ns, times.st_mtime_ns))
+            await ask(house, path)
+            await work(leader)
+
+    run(main())
+    assert read(house, path) is None
+
+
+def test_nodes_are_told_again_and_again_until_they_confirm(house: House, url: str, client: SyncRedis) -> None:
+    path = house.make()
+
+    async def main() -> None:
+        await house.rows("INSERT INTO nodes (node_id, boot) VALUES ('gpu-1', gen_random_uuid()) RETURNING 1")
+        async with house.leading() as leader, controller_of(house.dsn, url) as controller:
+            news = ErasureNews(controller.database, controller.redis, b"outputs")
+            await known(leader)
+            await ask(house, path)
+            await plan(leader)
+            await news.round()
+            assert client.zrange(WAITING, 0, -1) == [], "its name is still there"
+            await work(leader)
+            await news.round()
+            assert client.zrange(WAITING, 0, -1) == [], "somebody may open it from his cache of names"
+            await house.rows("UPDATE output_erasures SET hidden_at = hidden_at - interval '1 min' RETURNING 1")
+            for _ in range(2):
+                await news.round()
+                ((number,),) = await house.rows("SELECT id FROM output_erasures")
+                assert client.zrange(WAITING, 0, -1) == [str(number).encode()]
+                assert decode(client.get(key_of(number)) or b"") == {f"outputs/{path}".encode()}
+                client.flushall()
+            await confirm(house, "gpu-1")
+            await news.round()
+            assert client.zrange(WAITING, 0, -1) == []
+
+    run(main())

@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Final, NamedTuple
 from uuid import UUID
 
@@ -68,7 +69,7 @@ class Tombstone(NamedTuple):
 
 
 class ErasureFiles:
-    """Of one erasure, whose outputs lie in one `directory`, relative to the source."""
+    """Some outputs of one erasure, which lie in one `directory`, relative to the source. To be made anew for others."""
 
     def __init__(self, tree: HotTree, directory: bytes, number: int, at: At) -> None:
         self._tree = tree
@@ -78,21 +79,27 @@ class ErasureFiles:
 
     def look(self, names: Sequence[bytes]) -> list[Standing]:
         """What names mean. Raises OSError."""
-        stubs = {found.name: found for found in cold_tree.all_stubs(self._tree, self._directory)}
         with self._tree.directory_if_there(self._directory) as fd:
             found = [stat_of(fd, name) if fd is not None else None for name in names]
+        with opened_layer(self._tree, self._directory) as layer:
+            stubs = [stat_of(layer.stubs, name) if layer is not None else None for name in names]
         return [
             Standing(
                 version_of(st) if st is not None and stat.S_ISREG(st.st_mode) else None,
-                stubs[name].inode if name in stubs and self._is_of(stubs[name]) else None,
+                stub.st_ino if stub is not None and stub.st_ino in self._origins.get(name, ()) else None,
             )
-            for name, st in zip(names, found, strict=True)
+            for name, st, stub in zip(names, found, stubs, strict=True)
         ]
 
-    def _is_of(self, found: cold_tree.StubName) -> bool:
-        """A stub that stands for what had this name, not for what users renamed to here."""
-        origin = found.origin
-        return origin is not None and (origin.model_id.encode(), origin.path) == (self._directory, found.name)
+    @cached_property
+    def _origins(self) -> dict[bytes, dict[int, int]]:
+        """What stubs stand for, by the name that the file had: versions by inode. Read once: what comes later is of
+        later outputs."""
+        found: dict[bytes, dict[int, int]] = {}
+        for inode, origin in cold_tree.origins_of(self._tree, self._directory).items():
+            if origin.model_id.encode() == self._directory:
+                found.setdefault(origin.path, {})[inode] = origin.version
+        return found
 
     def hide(self, dead: Tombstone, move: int | None) -> None:
         """Its name means nothing any more; the trash of the demotion `move`, which has it, has it no more. Raises
@@ -103,19 +110,13 @@ class ErasureFiles:
         with opened_layer(self._tree, self._directory) as layer:
             if layer is not None:
                 stubs = self._stubs_of(dead)
-                self._remove(layer.stubs, dead.name, b"cold", lambda st: st.st_ino in stubs and is_cold(st))
+                self._remove(layer.stubs, dead.name, b"cold", lambda st: _is_stub_of(st, dead, stubs))
         if move is not None:
             self._empty_trash(dead, move)
 
     def _stubs_of(self, dead: Tombstone) -> set[int]:
         """Inodes of stubs for its objects; one that was written later has later ones."""
-        origins = cold_tree.origins_of(self._tree, self._directory)
-        model_id = self._directory.decode()
-        return {
-            inode
-            for inode, origin in origins.items()
-            if (origin.model_id, origin.path) == (model_id, dead.name) and origin.version <= dead.version
-        }
+        return {inode for inode, version in self._origins.get(dead.name, {}).items() if version <= dead.version}
 
     def _remove(self, fd: int, name: bytes, kind: bytes, is_it: _IsIt) -> None:
         aside = name + b"." + kind
@@ -172,6 +173,11 @@ class ErasureFiles:
         self._at("remove directories")
         self._tree.remove_empty(self._directory)
         self._at("removed directories")
+
+
+def _is_stub_of(st: os.stat_result, dead: Tombstone, stubs: set[int]) -> bool:
+    """One of its stubs, cold, or with its bytes again and nobody has put it to its place yet."""
+    return st.st_ino in stubs and (is_cold(st) or _is_file_of(st, dead))
 
 
 def _is_file_of(st: os.stat_result, dead: Tombstone) -> bool:
