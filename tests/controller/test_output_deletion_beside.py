@@ -162,7 +162,7 @@ def test_a_backup_that_ends_after_the_deletion_leaves_no_object(house: House) ->
             await work(leaders[0])
 
         def at(effect: str) -> None:
-            if effect == "object was put":
+            if effect == "put object":
                 asyncio.run_coroutine_threadsafe(delete(), loop).result()
 
         async with house.leading(at) as leader:
@@ -170,7 +170,6 @@ def test_a_backup_that_ends_after_the_deletion_leaves_no_object(house: House) ->
             await leader.scan()
             with capture_logs():
                 await leader.back_up()
-                await house.rows("UPDATE output_erasures SET try_at = now() RETURNING 1")
 
     run(main())
     assert objects(house) == []

@@ -79,6 +79,11 @@ def test_reads_before_the_window_and_while_it_was_hot_do_not_count(house: House)
             assert await house.rows(MOVES) == []
             assert await house.rows("SELECT recent_reads, access_count FROM generated_outputs") == [(1, 14)]
             await reads(house, path, 4)
+            since = "UPDATE generated_outputs SET reads_since = now() - make_interval(secs => $1) RETURNING 1"
+            await house.rows(since, 4000)
+            await promote(leader)
+            assert await house.rows(MOVES) == []
+            await house.rows(since, 3000)
             await promote(leader)
             assert await house.rows(MOVES) == [("promote", "done")]
 
