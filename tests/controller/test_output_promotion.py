@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from structlog.testing import capture_logs
@@ -127,7 +128,7 @@ def test_while_its_day_is_in_its_grace_it_waits(house: House) -> None:
 
 
 def test_one_whose_object_is_gone_keeps_no_other_from_coming(house: House) -> None:
-    lost, good = house.make(content=b"lost"), house.make(content=b"good")
+    lost, good = (house.make(content=name, name=str(UUID(int=at))) for at, name in enumerate((b"lost", b"good")))
 
     async def main() -> None:
         async with house.leading() as leader:
