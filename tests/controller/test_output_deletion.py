@@ -359,6 +359,8 @@ def test_one_that_is_there_again_is_not_deleted(house: House) -> None:
             (house.outputs / path).unlink()
             await house.told(path, removed_age_ns=0)
             house.write(path, b"second")
+            await work(leader)
+            assert await house.rows(ROWS) == [(1,)], "nobody has looked yet"
             await leader.back_up()
             await work(leader)
             assert await house.rows("SELECT removed_at IS NULL FROM generated_outputs") == [(True,)]
