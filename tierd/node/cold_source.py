@@ -270,8 +270,9 @@ class ColdSource(PosixSource):
 
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=layer.fd)
             try:
+                held = os.fstat(fd).st_ino
                 change = super().unlink(layer.fd, name, lambda st: about(stub.of(st)))
-                if stub.cold and stub.origin is not None and _is_gone(fd, change.before.st_ino):
+                if stub.cold and stub.origin is not None and held == change.before.st_ino and _is_gone(fd):
                     ended(stub.origin)
             finally:
                 os.close(fd)
@@ -393,10 +394,8 @@ class ColdSource(PosixSource):
                 os.unlink(name, dir_fd=layer.fd)
 
 
-def _is_gone(fd: int, inode: int) -> bool:
+def _is_gone(fd: int) -> bool:
     """It had its last name; in doubt it had not. The source itself is asked: another node may have made a link."""
-    if os.fstat(fd).st_ino != inode:
-        return False
     try:
         return forced_stat(fd).st_nlink == 0
     except OSError as error:
