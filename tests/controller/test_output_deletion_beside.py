@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -336,3 +337,22 @@ def test_nodes_are_told_again_and_again_until_they_confirm(house: House, url: st
             assert client.zrange(WAITING, 0, -1) == []
 
     run(main())
+
+
+@pytest.mark.parametrize("where", ["hot", "in grace", "cold"])
+def test_deletion_in_a_juicefs_volume(juicefs: Path, schema: str, where: str) -> None:
+    house = House(Path(tempfile.mkdtemp(dir=juicefs)), schema)
+    gone, stays = house.make(content=b"gone"), house.make(content=b"stays")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await known(leader)
+            if where != "hot":
+                await demoted(house, leader, grace_over=where == "cold")
+            wish = await ask(house, gone)
+            await work(leader)
+            assert (await standing(house, wish)).deleted_everywhere
+
+    run(main())
+    assert (read(house, gone), read(house, stays)) == (None, b"stays")
+    assert len(objects(house)) == 1
