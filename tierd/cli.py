@@ -24,6 +24,7 @@ from tierd import (
     cli_jobs,
     cli_keeper,
     cli_moves,
+    cli_outputs,
     client,
     console,
     log,
@@ -386,4 +387,5 @@ cli_controller.add_commands(app)
 cli_jobs.add_commands(app)
 cli_moves.add_commands(app)
 cli_import.add_commands(app)
+cli_outputs.add_commands(app)
 cli_contexts.add_commands(app)

@@ -89,7 +89,7 @@ def list_runs(
     """Show the latest runs of jobs: by the schedule, and those that were asked for."""
     from tierd.controller import job_runs
 
-    runs = _with_connection(settings_of(postgres, config), lambda c: job_runs.latest(c, limit, job))
+    runs = with_connection(settings_of(postgres, config), lambda c: job_runs.latest(c, limit, job))
     if as_json:
         print_json([_told_run(run) for run in runs])
         return
@@ -162,7 +162,7 @@ def list_models(
     """List the models that the controller knows: tier, size, last access, pins, moves."""
     from tierd.controller import catalogue
 
-    rows = _with_connection(settings_of(postgres, config), lambda c: catalogue.rows(c, tier))
+    rows = with_connection(settings_of(postgres, config), lambda c: catalogue.rows(c, tier))
     if as_json:
         times = ("last_access", "created_at", "vanished_at")
         print_json([dict(row) | {key: _iso(row[key]) for key in times} for row in rows])
@@ -193,7 +193,7 @@ def unpin_model(model: _Model, config: Config = None, postgres: Postgres = None)
 def _set_pinned(settings: ControllerSettings, model: str, *, pinned: bool) -> None:
     from tierd.controller import catalogue
 
-    _with_connection(settings, lambda c: catalogue.set_pinned(c, model, pinned=pinned))
+    with_connection(settings, lambda c: catalogue.set_pinned(c, model, pinned=pinned))
 
 
 @_catalogue.command("nodes")
@@ -202,7 +202,7 @@ def list_nodes(config: Config = None, postgres: Postgres = None, as_json: AsJson
     from tierd.controller import nodes
 
     settings = settings_of(postgres, config)
-    reports = _with_connection(settings, lambda c: nodes.reports(c, settings.lease_report_max_age))
+    reports = with_connection(settings, lambda c: nodes.reports(c, settings.lease_report_max_age))
     if as_json:
         print_json([report._asdict() | {"last_seen": _iso(report.last_seen)} for report in reports])
         return
@@ -228,7 +228,7 @@ def forget_node(
         async with connection.transaction():
             await nodes.forget(connection, node, settings.lease_report_max_age)
 
-    _with_connection(settings, forget)
+    with_connection(settings, forget)
 
 
 # --- the plan ---
@@ -239,7 +239,7 @@ def plan(config: Path | None, postgres: str | None, *, as_json: bool) -> None:
     from tierd.controller import candidates
 
     settings = settings_of(postgres, config)
-    situation = _with_connection(settings, partial(candidates.look, settings=settings))
+    situation = with_connection(settings, partial(candidates.look, settings=settings))
     if as_json:
         print_json(_told_plan(situation))
         return
@@ -286,7 +286,7 @@ def _told_plan(situation: Situation) -> dict[str, Any]:
 # --- ---
 
 
-def _with_connection(settings: ControllerSettings, ask: Callable[[Connection], Coroutine[Any, Any, _T]]) -> _T:
+def with_connection(settings: ControllerSettings, ask: Callable[[Connection], Coroutine[Any, Any, _T]]) -> _T:
     """Ask the database, if it is of this version."""
 
     async def main() -> _T:

@@ -207,6 +207,11 @@ class MountSettings(BaseModel):
         """The models roots as the overlay compares them."""
         return tuple(root.encode("utf-8", "surrogateescape") for root in self.models_root)
 
+    @property
+    def outputs_root_bytes(self) -> bytes:
+        """The outputs root as the overlay compares it."""
+        return self.outputs_root.encode("utf-8", "surrogateescape")
+
 
 def relative_root(root: str) -> str:
     """`root` in its plain form; ValueError if it is absolute or climbs out of the source. `.` is the source itself."""

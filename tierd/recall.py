@@ -41,12 +41,13 @@ Progress = Callable[[int], None]
 """Told of bytes that have come. What it raises ends the recall."""
 
 
-def fetch_from(store: ObjectStore, bucket: str) -> Fetch:
-    """Reads origins from a bucket."""
+def fetch_from(store: ObjectStore, bucket: str | Callable[[Origin], str]) -> Fetch:
+    """Reads origins from a bucket, or from the one that is told of each."""
 
     def fetch(origin: Origin, offset: int, into: Into) -> None:
         key = object_key(origin.model_id, origin.version, origin.path)
-        store.get_range(bucket, key, Stored(origin.size, origin.sha256), offset, into)
+        where = bucket if isinstance(bucket, str) else bucket(origin)
+        store.get_range(where, key, Stored(origin.size, origin.sha256), offset, into)
 
     return fetch
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from tierd.erasures import ERASURES_MAX
 from tierd.errors import TierdError
+from tierd.outputs import Fault, parse
 
 FORMAT: Final = 1
 STREAM: Final = "tierd:statistics"
@@ -26,6 +28,8 @@ GROUP: Final = "controller"
 FIELD: Final = b"message"
 MODELS_MAX: Final = 500
 """Models in one batch; what does not fit goes into the next one."""
+OUTPUTS_MAX: Final = 1000
+"""Outputs in one batch."""
 LEASES_MAX: Final = 2000
 """Models with open files in one report; a node with more says that it does not know."""
 MESSAGE_BYTES_MAX: Final = 4 << 20
@@ -36,6 +40,7 @@ _FAULT_CHARACTERS_MAX: Final = 200
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Neither PostgreSQL nor a log line takes all of these."""
 _INT64_MAX: Final = (1 << 63) - 1
+_INT32_MAX: Final = (1 << 31) - 1
 
 
 class BadMessage(TierdError):
@@ -109,6 +114,37 @@ class ModelAccess(Strict):
     size_bytes: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None
 
 
+def _output_path(text: str) -> str:
+    found = parse(text.encode("utf-8", "surrogateescape"))
+    if isinstance(found, Fault):
+        raise ValueError(f"must name an output, this is {found.value}")
+    return text
+
+
+class OutputNews(Strict):
+    """What a batch says of one output, by its path below the outputs root. Times are None where nothing was.
+
+    `written_ns`: it was closed after something was written to it, or renamed to there; `removed_ns`: its name was
+    removed. Neither says what is there now. `ended`: the version of its object for which no cold file stands any more.
+    """
+
+    path: Annotated[str, AfterValidator(_output_path)]
+    opens: _Count = 0
+    last_access_ns: _Nanoseconds | None = None
+    written_ns: _Nanoseconds | None = None
+    removed_ns: _Nanoseconds | None = None
+    ended: Annotated[int, Field(ge=1, le=_INT32_MAX)] | None = None
+
+
+def _each_output_once(outputs: tuple[OutputNews, ...]) -> tuple[OutputNews, ...]:
+    if len({news.path for news in outputs}) != len(outputs):
+        raise ValueError("must name each output once")
+    return outputs
+
+
+Outputs = Annotated[tuple[OutputNews, ...], Field(max_length=OUTPUTS_MAX), AfterValidator(_each_output_once)]
+
+
 def _each_once(models: tuple[ModelAccess, ...]) -> tuple[ModelAccess, ...]:
     if len({model.model_id for model in models}) != len(models):
         raise ValueError("must name each model once")
@@ -123,12 +159,15 @@ class NumberedBatch(Strict):
 
     sequence: Annotated[int, Field(ge=1, le=_INT64_MAX)]
     models: Accesses
+    outputs: Outputs = ()
 
 
 class OpenReport(Strict):
-    """The models with open files at the time of sending; None if the node cannot tell."""
+    """The models with open files at the time of sending; None if the node cannot tell. `erased`: the erasures
+    (`erasures.py`) of whose outputs the node has nothing, and nobody there reads one."""
 
     leases: Annotated[tuple[ModelId, ...], Field(max_length=LEASES_MAX)] | None
+    erased: Annotated[tuple[Annotated[int, Field(ge=1, le=_INT64_MAX)], ...], Field(max_length=ERASURES_MAX)] = ()
 
 
 class Message(Strict):
@@ -146,11 +185,19 @@ class Message(Strict):
 
 
 _ACCESSES: Final[TypeAdapter[tuple[ModelAccess, ...]]] = TypeAdapter(Accesses)
+_OUTPUTS: Final[TypeAdapter[tuple[OutputNews, ...]]] = TypeAdapter(Outputs)
 
 
 def encode(message: Message) -> bytes:
-    """A message as it travels."""
-    return message.model_dump_json().encode()
+    """A message as it travels. What it does not have it does not name: that is what an older controller understands."""
+    without: dict[str, Any] = {}
+    if message.batch is not None and not message.batch.outputs:
+        without["batch"] = {"outputs"}
+    elif message.batch is not None:
+        without["batch"] = {"outputs": {i: {"ended"} for i, news in enumerate(message.batch.outputs) if not news.ended}}
+    if message.report is not None and not message.report.erased:
+        without["report"] = {"erased"}
+    return message.model_dump_json(exclude=without).encode()
 
 
 def decode(data: bytes) -> Message:
@@ -172,6 +219,19 @@ def decode_accesses(data: bytes) -> tuple[ModelAccess, ...]:
     """The content of a batch that a node kept. Raises BadMessage."""
     try:
         return _ACCESSES.validate_json(data)
+    except ValidationError as error:
+        raise BadMessage(first_fault(error)) from None
+
+
+def encode_outputs(outputs: Sequence[OutputNews]) -> bytes:
+    """The outputs of a batch as a node keeps them."""
+    return _OUTPUTS.dump_json(tuple(outputs))
+
+
+def decode_outputs(data: bytes) -> tuple[OutputNews, ...]:
+    """The outputs of a batch that a node kept. Raises BadMessage."""
+    try:
+        return _OUTPUTS.validate_json(data)
     except ValidationError as error:
         raise BadMessage(first_fault(error)) from None
 

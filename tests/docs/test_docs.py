@@ -31,7 +31,8 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(("name", "code"), _commands())
 def test_commands_of_the_docs_run(name: str, code: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    database = {"TIERDCTL_POSTGRES": request.getfixturevalue("database")} if name in ("controller", "moves") else {}
+    needs_database = name in ("controller", "moves", "outputs")
+    database = {"TIERDCTL_POSTGRES": request.getfixturevalue("database")} if needs_database else {}
     env = _environment() | database
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code],
@@ -94,11 +95,13 @@ def test_every_metric_is_documented() -> None:
 
     from tierd.metrics import ControllerMetrics, FoldMetrics, Metrics, PublishMetrics, TierMetrics
     from tierd.node import publish_setup, tier_setup
+    from tierd.output_metrics import OutputMetrics
 
     text = (REPOSITORY / "docs/OPERATIONS.md").read_text()
     registry = CollectorRegistry()
     Metrics(registry), TierMetrics(registry), PublishMetrics(registry), FoldMetrics(registry)
     ControllerMetrics(other := CollectorRegistry())
+    OutputMetrics(other)
     names = {family.name for family in (*registry.collect(), *other.collect()) if family.name.startswith("tierd_")}
     names |= {f"tierd_{name}" for name in (*tier_setup.GAUGES, *publish_setup.GAUGES)}
     assert names

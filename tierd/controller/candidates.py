@@ -28,7 +28,7 @@ WHERE m.tier = 'hot' ORDER BY m.model_id
 # Of the last 20 hours: a run that begins a little earlier than yesterday's has all its room.
 _SPENT = """
 SELECT count(*), coalesce(sum(size_bytes), 0)::bigint FROM moves
-WHERE kind = 'demote' AND NOT by_hand AND state NOT IN ('abandoned', 'failed')
+WHERE kind = 'demote' AND NOT by_hand AND NOT (detail ? 'outputs') AND state NOT IN ('abandoned', 'failed')
   AND created_at > now() - interval '20 hours'
 """
 
@@ -51,7 +51,7 @@ class Situation(NamedTuple):
 async def look(connection: Connection, settings: ControllerSettings, now: datetime | None = None) -> Situation:
     """The situation; `now` is by the caller's clock. In a transaction of one snapshot, or at least one connection."""
     found = await nodes.reports(connection, settings.lease_report_max_age)
-    refusal = _clocks_apart(await connection.fetchval("SELECT now()"), now or datetime.now(UTC))
+    refusal = clocks_apart(await connection.fetchval("SELECT now()"), now or datetime.now(UTC))
     refusal = refusal or nodes.why_nothing_is_safe(found, nodes_report=settings.nodes_report)
     held = _with_relatives(await nodes.open_models(connection))
     hot = [
@@ -80,7 +80,8 @@ def caps_of(settings: ControllerSettings) -> Caps:
     return Caps(settings.cleanup_models_max, settings.cleanup_bytes_max, settings.cleanup_share_max)
 
 
-def _clocks_apart(database: datetime, ours: datetime) -> str:
+def clocks_apart(database: datetime, ours: datetime) -> str:
+    """Why nothing may be called old; empty if the clocks agree."""
     apart = abs(database - ours)
     if apart <= CLOCKS_APART_MAX:
         return ""

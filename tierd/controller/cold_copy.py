@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from tierd.controller.file_calls import opened, same
-from tierd.controller.hot_scan import Scan, scan
+from tierd.controller.hot_scan import Scan, scan, scan_some
 from tierd.controller.hot_tree import joined, split
 from tierd.controller.move_books import FileNews, Move
 from tierd.controller.move_file import HotFile, MoveFile, MoveRefused
 from tierd.controller.move_workshop import Workshop, subject_of
 from tierd.controller.steps import FileState
 from tierd.controller.stubbing import ChangedMeanwhile
-from tierd.objects.keys import manifest_key, object_key, shown
+from tierd.objects.keys import ObjectName, manifest_key, object_key, shown
 from tierd.objects.manifest import Manifest, ManifestDamaged
 from tierd.objects.manifest_text import BYTES_MAX, decode, encode
 from tierd.objects.store import ObjectDamaged, ObjectMissing, Place, Stored
@@ -36,7 +37,9 @@ class ColdCopy:
     def __init__(self, workshop: Workshop, move: Move) -> None:
         self._tree = workshop.tree
         self._store = workshop.store
-        self._bucket = workshop.settings.bucket
+        subjects = workshop.subjects(move)
+        self._bucket = subjects.bucket
+        self._whole = subjects.whole
         self._uploads = workshop.settings.state_dir / "uploads"
         self._subject = subject_of(move)
         self._move = move
@@ -46,7 +49,8 @@ class ColdCopy:
     def begin(self) -> None:
         """Raises ChangedMeanwhile if objects of this version are there: the books are older than the store."""
         self._store.ensure_bucket(self._bucket)
-        found = next(iter(self._store.list(self._bucket, self.manifest_key.removesuffix(".manifest"))), None)
+        prefix = self.manifest_key.removesuffix(".manifest") if self._whole else self.manifest_key
+        found = next(iter(self._store.list(self._bucket, prefix)), None)
         if found is not None:
             raise ChangedMeanwhile(f"objects of version {self._move.version} are there already, such as {found.key}")
 
@@ -60,7 +64,7 @@ class ColdCopy:
         try:
             self._expect(fd, file)
             self._at("put object")
-            stored = self._store.put_file(self._bucket, self._key(file), fd, file.size, journal=self._journal(file))
+            stored = self._store.put_file(self._bucket, self._key(moved), fd, file.size, journal=self._journal(file))
             self._at("object was put")
             self._expect(fd, file)
         finally:
@@ -69,9 +73,9 @@ class ColdCopy:
 
     def verify(self, moved: MoveFile) -> FileNews:
         """Read an object to its end. Raises ObjectDamaged if it is not what was stored, ObjectError."""
-        stored = self._store.hash(self._bucket, self._key(moved.file))
+        stored = self._store.hash(self._bucket, self._key(moved))
         if stored != Stored(moved.file.size, moved.sha256 or ""):
-            place = Place("the object store", self._bucket, self._key(moved.file))
+            place = Place("the object store", self._bucket, self._key(moved))
             raise ObjectDamaged(place, f"it has SHA-256 {stored.sha256}, {moved.sha256} was stored")
         return FileNews(moved.file.path, FileState.VERIFIED)
 
@@ -86,7 +90,7 @@ class ColdCopy:
         return next((f"the object of {shown(moved.file.path)}" for moved in files if not self._is_there(moved)), "")
 
     def _is_there(self, moved: MoveFile) -> bool:
-        found = self._store.stat(self._bucket, self._key(moved.file))
+        found = self._store.stat(self._bucket, self._key(moved))
         return found is not None and found.size == moved.file.size and found.sha256 in (moved.sha256, None)
 
     def is_right(self, moved: MoveFile) -> bool:
@@ -111,8 +115,8 @@ class ColdCopy:
         if not same(st, file) or st.st_ctime_ns != file.ctime_ns:
             raise ChangedMeanwhile(f"{shown(file.path)} changed")
 
-    def _key(self, file: HotFile) -> str:
-        return object_key(self._move.subject, self._move.version, file.path)
+    def _key(self, moved: MoveFile) -> str:
+        return object_key(self._move.subject, moved.version or self._move.version, moved.file.path)
 
     def _journal(self, file: HotFile) -> Path:
         return self._uploads / f"{self._move.id}-{hashlib.sha256(file.path).hexdigest()[:32]}"
@@ -120,9 +124,9 @@ class ColdCopy:
     # --- the whole ---
 
     def compare(self, files: Sequence[MoveFile]) -> Scan:
-        """The model as it is now. Raises ChangedMeanwhile if its files are not those of the plan."""
+        """The model, or what was planned of it, as it is now. Raises ChangedMeanwhile if that is not as planned."""
         try:
-            found = scan(self._tree, self._move.subject)
+            found = self._scan(files)
         except MoveRefused as error:
             raise ChangedMeanwhile(str(error)) from None
         planned = {moved.file.path: moved.file for moved in files}
@@ -133,6 +137,13 @@ class ColdCopy:
                 raise ChangedMeanwhile(f"{shown(path)} {what}")
         return found
 
+    def _scan(self, files: Sequence[MoveFile]) -> Scan:
+        if self._whole:
+            return scan(self._tree, self._move.subject)
+        found = scan_some(self._tree, self._subject, [moved.file.path for moved in files])
+        # The plan has no mode: who changed it changed the ctime, too.
+        return replace(found, files=tuple(replace(file, mode=0) for file in found.files))
+
     def manifest(self, files: Sequence[MoveFile]) -> bytes:
         """The manifest beside the objects, written if it is not there, and read back.
 
@@ -140,7 +151,12 @@ class ColdCopy:
         """
         if self._store.stat(self._bucket, self.manifest_key) is None:
             digests = {moved.file.path: moved.sha256 or "" for moved in files}
-            made = self.compare(files).manifest(self._move.version, datetime.now(UTC), digests)
+            elsewhere = {
+                moved.file.path: ObjectName(self._move.subject, moved.version, moved.file.path)
+                for moved in files
+                if moved.version is not None
+            }
+            made = self.compare(files).manifest(self._move.version, datetime.now(UTC), digests, elsewhere)
             self._put_manifest(encode(made))
         content = self._read_manifest()
         self._check(decode(content), files)
@@ -174,8 +190,11 @@ class ColdCopy:
         return bytes(content)
 
     def _check(self, manifest: Manifest, files: Sequence[MoveFile]) -> None:
+        names = {name for moved in files for name in moved.file.names()}
         said = {
-            (entry.path, entry.size, entry.sha256) for entry in manifest.files if entry.size and not entry.elsewhere
+            (entry.path, entry.size, entry.sha256)
+            for entry in manifest.files
+            if entry.size and (not entry.elsewhere or entry.path in names)
         }
         meant = {(name, moved.file.size, moved.sha256) for moved in files for name in moved.file.names()}
         if (manifest.model_id, manifest.version) != (self._move.subject, self._move.version) or said != meant:

@@ -23,10 +23,7 @@ from tierd.controller.move_books import (
     add_files,
     add_move,
     forget_files,
-    lock_model,
     note,
-    read_files,
-    refuse_if_in_use,
     refuse_if_moving,
     set_files,
     set_state,
@@ -92,27 +89,9 @@ class Demotion:
         return move_id
 
     async def _refuse(self, connection: Connection, model_id: str) -> Catalogued:
-        model = await self._may_leave(connection, model_id)
+        model = await self._shop.models.may_leave(connection, model_id)
         await refuse_if_moving(connection, model_id)  # with the model locked: of two wishes one comes first
         return model
-
-    async def _may_leave(self, connection: Connection, model_id: str) -> Catalogued:
-        """The model, if nothing speaks against its demotion. Raises MoveRefused."""
-        model = await lock_model(connection, model_id)
-        if model is None:
-            raise MoveRefused(
-                f"{shown(model_id)} is not in the catalogue", hint="`tierd controller` adds what it finds"
-            )
-        if model.tier != "hot":
-            raise MoveRefused(f"{shown(model_id)} is cold already")
-        if model.pinned:
-            raise MoveRefused(f"{shown(model_id)} is pinned", hint="unpin it first")
-        await self._refuse_if_in_use(connection, model_id)
-        return model
-
-    async def _refuse_if_in_use(self, connection: Connection, model_id: str) -> None:
-        settings = self._shop.settings
-        await refuse_if_in_use(connection, model_id, settings.lease_report_max_age, nodes=settings.lease_reports)
 
     async def begin(self, move: Move) -> bool:
         """Nothing lies where the objects will."""
@@ -147,9 +126,7 @@ class Demotion:
             await self._shop.run(copy.manifest, files)
             await self._shop.run(copy.compare, files)
             async with self._shop.fenced("switch", move) as fence:
-                model = await self._may_leave(fence.connection, move.subject)
-                if model.last_access != move.last_access and not move.by_hand:
-                    raise MoveRefused(f"{shown(move.subject)} was accessed meanwhile")
+                await self._shop.subjects(move).refuse_to_switch(fence.connection, move)
                 # From now on stubs may stand for its objects, whatever becomes of the move.
                 await self._shop.note_detail(fence, move, switched=True)
                 await set_state(fence.connection, self._shop.books, move, MoveState.SWITCHING)
@@ -193,7 +170,8 @@ class Demotion:
         for moved in await self._verified(move):
             assert moved.stub is not None
             assert moved.sha256 is not None
-            origin = Origin(move.subject, move.version, moved.file.path, moved.file.size, moved.sha256)
+            version = moved.version or move.version
+            origin = Origin(move.subject, version, moved.file.path, moved.file.size, moved.sha256)
             for name in moved.file.names():
                 origins[split(name)[0]][moved.stub] = origin
         if not origins:
@@ -222,7 +200,7 @@ class Demotion:
 
     def _unused(self, move: Move) -> Callable[[Fence], Awaitable[None]]:
         async def unused(fence: Fence) -> None:
-            await self._refuse_if_in_use(fence.connection, move.subject)
+            await self._shop.subjects(move).refuse_if_in_use(fence.connection, move.subject)
 
         return unused
 
@@ -230,12 +208,9 @@ class Demotion:
         async with self._shop.fenced("become cold", move) as fence:
             stubbing = self._shop.stubbing(fence, move)
             await self._shop.effect(stubbing.clear, stubbing.drafts)
-            model = await lock_model(fence.connection, move.subject)
-            if model is not None and model.tier == "hot" and model.version == move.detail["model_version"]:
-                files = await read_files(fence.connection, move.id)
-                count = sum(len(moved.file.names()) for moved in files)
-                await fence.connection.execute(sql.SET_COLD, move.subject, move.version, count, move.size_bytes)
-                await fence.connection.execute(sql.BEGIN_GRACE, move.id, self._shop.settings.grace)
+            subjects = self._shop.subjects(move)
+            if await subjects.become_cold(fence.connection, move):
+                await fence.connection.execute(sql.BEGIN_GRACE, move.id, subjects.grace)
                 await set_state(fence.connection, self._shop.books, move, MoveState.IN_GRACE)
                 return True
         return await self._returning.begin_giving_up(move, "the catalogue says something else of the model by now")
@@ -247,7 +222,7 @@ class Demotion:
         if not move.grace_is_over:
             return False
         async with self._shop.fenced("begin to delete", move) as fence:
-            await self._refuse_if_in_use(fence.connection, move.subject)
+            await self._shop.subjects(move).refuse_if_in_use(fence.connection, move.subject)
             await set_state(fence.connection, self._shop.books, move, MoveState.DELETING)
         return True
 

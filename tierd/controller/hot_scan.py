@@ -11,7 +11,8 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final
@@ -58,13 +59,22 @@ class Scan:
         """What demoting it frees."""
         return sum(file.size for file in self.files)
 
-    def manifest(self, version: int, created_at: datetime, digests: Mapping[bytes, str]) -> Manifest:
-        """Of the copy of that version; `digests` are the SHA-256 of the files by path. Raises ManifestDamaged."""
+    def manifest(
+        self,
+        version: int,
+        created_at: datetime,
+        digests: Mapping[bytes, str],
+        elsewhere: Mapping[bytes, ObjectName] = {},
+    ) -> Manifest:
+        """Of the copy of that version; by path `digests`, the SHA-256 of the files, and where objects are that are not
+        of this version. Raises ManifestDamaged."""
         entries: list[Entry] = list(self.staying)
         for number, file in enumerate(self.files):
             group = number if file.links else None
             for name in file.names():
-                entries.append(FileEntry(name, self.attributes[file.path], file.size, digests[file.path], group))
+                place = elsewhere.get(file.path)
+                attributes = self.attributes[file.path]
+                entries.append(FileEntry(name, attributes, file.size, digests[file.path], group, elsewhere=place))
         return manifest_of(self.subject.model_id, version, created_at.astimezone(UTC), entries)
 
 
@@ -80,6 +90,21 @@ def scan(tree: HotTree, model_id: str) -> Scan:
             _walk(tree, subject.base, found)
     except FileNotFoundError:
         raise MoveRefused(f"{shown(model_id)} is being changed just now", hint="try again later") from None
+    return _made(subject, found)
+
+
+def scan_some(tree: HotTree, subject: Subject, names: Sequence[bytes]) -> Scan:
+    """Only these files of a directory, as far as they are there. Raises MoveRefused as `scan`, OSError."""
+    found = _Found()
+    with tree.directory_if_there(subject.base) as fd:
+        if fd is None:
+            raise MoveRefused(f"{shown(subject.model_id)} is not in the source")
+        found.staying.append(DirectoryEntry(b"", _attributes(fd, b".", os.fstat(fd))))
+        for name in names:
+            st = stat_of(fd, name)
+            if st is not None and stat.S_ISREG(st.st_mode):
+                with suppress(FileNotFoundError):  # it goes this moment
+                    found.add(fd, name, b"", tree.device)
     return _made(subject, found)
 
 

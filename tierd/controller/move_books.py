@@ -256,7 +256,12 @@ def _file(row: Any) -> MoveFile:
     )
     stub = row["stub"] % _BIGINT if row["stub"] is not None else None
     return MoveFile(
-        file, FileState(row["state"]), row["sha256"].hex() if row["sha256"] else None, stub, row["trash_ctime_ns"]
+        file,
+        FileState(row["state"]),
+        row["sha256"].hex() if row["sha256"] else None,
+        stub,
+        row["trash_ctime_ns"],
+        row["version"],
     )
 
 

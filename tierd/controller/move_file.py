@@ -50,3 +50,5 @@ class MoveFile:
     sha256: str | None
     stub: int | None
     trash_ctime_ns: int | None
+    version: int | None = None
+    """Of its object, if that is not of the move's own version."""

@@ -22,8 +22,10 @@ from tierd.controller.hot_scan import Subject
 from tierd.controller.hot_tree import HotTree, split
 from tierd.controller.move_books import Books, Move, hold, set_state
 from tierd.controller.move_file import SourceGone
+from tierd.controller.output_moves import OutputDays, is_of_outputs
 from tierd.controller.steps import next_state
 from tierd.controller.stubbing import At, Stubbing
+from tierd.controller.subjects import Models, Subjects
 from tierd.errors import TierdError
 from tierd.objects.store import ObjectStore
 from tierd.postgres import Connection, Database
@@ -50,6 +52,8 @@ class MoveSettings:
     """For records of uploads in parts, so that they go on after a kill."""
     models_roots: tuple[bytes, ...] = (b"models", b"hot-models")
     bucket: str = "cold-models"
+    outputs_bucket: str = "generated-outputs"
+    outputs_grace: float = 86_400.0
     grace: float = 7 * 86_400.0
     lease_report_max_age: float = 300.0
     lease_reports: bool = True
@@ -98,6 +102,10 @@ class Workshop:
         self.store = store
         self.settings = settings
         self.at = at
+        self.models = Models(
+            settings.bucket, settings.grace, settings.lease_report_max_age, nodes=settings.lease_reports
+        )
+        self._outputs = OutputDays(settings.outputs_bucket, settings.outputs_grace)
         self._long = ThreadPoolExecutor(settings.parallel_files, thread_name_prefix="move")
         self._short = ThreadPoolExecutor(_EFFECTS_AT_ONCE, thread_name_prefix="move-effect")
 
@@ -150,6 +158,10 @@ class Workshop:
     async def note_detail(self, fence: Fence, move: Move, **detail: Any) -> None:
         """Remember more of a move."""
         await fence.connection.execute(sql.NOTE_DETAIL, move.id, json.dumps(detail))
+
+    def subjects(self, demotion: Move) -> Subjects:
+        """Who stands for the subject of a demotion."""
+        return self._outputs if is_of_outputs(demotion) else self.models
 
     def stubbing(self, fence: Fence, demotion: Move) -> Stubbing:
         """The files of a demotion, to be changed within the fence."""

@@ -14,6 +14,7 @@ from typing import Final, Self
 import structlog
 
 from tierd.controller import moves_sql as sql
+from tierd.controller import output_moves
 from tierd.controller.demotion import Demotion
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.importing import Importing
@@ -22,6 +23,8 @@ from tierd.controller.leftovers import tell_leftovers
 from tierd.controller.move_books import Move, StateChanged, add_move, forget_files, hold, note, read_move, set_state
 from tierd.controller.move_file import MoveRefused, SourceGone
 from tierd.controller.move_workshop import MoveSettings, Workshop
+from tierd.controller.output_moves import Day
+from tierd.controller.output_promotion import OutputPromotions
 from tierd.controller.promotion import Promotions
 from tierd.controller.returning import Returning, begin_abandoning
 from tierd.controller.steps import FINAL, UNTOUCHED, MoveKind, MoveState
@@ -65,6 +68,7 @@ class Moves:
         self._returning = Returning(self._shop)
         self._demotion = Demotion(self._shop, self._returning)
         self._promotions = Promotions(self._shop)
+        self._output_promotions = OutputPromotions(self._shop)
         self._importing = Importing(self._shop)
         self._steps: dict[MoveKind, Mapping[MoveState, Step]] = {
             MoveKind.DEMOTE: self._demotion.steps,
@@ -72,6 +76,11 @@ class Moves:
             MoveKind.PROMOTE: self._promotions.steps,
             MoveKind.IMPORT: self._importing.steps,
         }
+
+    @property
+    def workshop(self) -> Workshop:
+        """For what works as moves do, within the same fences."""
+        return self._shop
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +97,14 @@ class Moves:
         Raises MoveRefused, UsageError.
         """
         return await self._demotion.plan(model_id, reason, by_hand=by_hand)
+
+    async def demote_outputs(self, day: Day, reason: str) -> int:
+        """Plan to take outputs of a day to the cold tier, those that are backed up; the move's ID.
+
+        Raises MoveRefused, UsageError.
+        """
+        async with self._shop.fenced("plan") as fence:
+            return await output_moves.plan(fence.connection, self._shop.books, day, reason)
 
     async def promote(self, model_id: str, reason: str, *, by_hand: bool = False) -> int:
         """Plan to bring a model back to the hot tier; the move's ID: an undo while its files are still in the trash.
@@ -158,7 +175,7 @@ class Moves:
             if move.state in FINAL:
                 break
             try:
-                if not await self._steps[move.kind][move.state](move):
+                if not await self._step_of(move)(move):
                     break
             except StateChanged:
                 continue
@@ -167,6 +184,11 @@ class Moves:
             except (TierdError, OSError) as error:
                 return await self._note_failure(move, error)
         return (await self._shop.books.move(move_id)).state
+
+    def _step_of(self, move: Move) -> Step:
+        if move.kind is MoveKind.PROMOTE and output_moves.is_of_outputs(move):
+            return self._output_promotions.steps[move.state]
+        return self._steps[move.kind][move.state]
 
     async def resume_all(self) -> None:
         """Carry on all that is not at its end, oldest first. Raises NotLeaderError, DatabaseError."""

@@ -61,7 +61,7 @@ FROM moves WHERE id = $1
 UNFINISHED: Final = "SELECT id FROM moves WHERE finished_at IS NULL ORDER BY created_at, id"
 
 FILES: Final = """
-SELECT path, links, size_bytes, mtime_ns, ctime_ns, inode, mode, sha256, state, stub, trash_ctime_ns
+SELECT path, links, size_bytes, mtime_ns, ctime_ns, inode, mode, sha256, state, stub, trash_ctime_ns, version
 FROM move_files WHERE move_id = $1 ORDER BY path
 """
 
@@ -143,11 +143,11 @@ SELECT id, state FROM moves WHERE subject = $1 AND kind = 'demote' ORDER BY id D
 """
 
 # Nothing was switched in these, so no stub stands for any of their objects; and there were none when they began: a
-# database that is older than the store gives versions out again. Bounded: the rest goes next time.
+# database that is older than the store gives versions out again. Those of outputs are their backup. Bounded: the rest goes next time.
 WASTED_VERSIONS: Final = """
 SELECT id, subject, version FROM moves m
 WHERE kind = 'demote' AND state IN ('abandoned', 'failed') AND version > 0
-  AND detail ? 'began' AND NOT (detail ? 'switched') AND NOT (detail ? 'cleaned')
+  AND detail ? 'began' AND NOT (detail ? 'switched') AND NOT (detail ? 'cleaned') AND NOT (detail ? 'outputs')
   AND finished_at < now() - $1 * interval '1 second'
   AND NOT EXISTS (SELECT FROM model_locations l WHERE l.model_id = m.subject AND l.version = m.version)
 ORDER BY id LIMIT $2

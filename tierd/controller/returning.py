@@ -51,6 +51,8 @@ class Returning:
     async def abandon(self, move: Move, reason: str) -> bool:
         """One that changed nothing in the source is over."""
         async with self._shop.fenced("abandon", move) as fence:
+            subjects = self._shop.subjects(move)
+            await subjects.become_hot(fence.connection, move, was_cold=False, whole=True)
             await forget_files(fence.connection, move.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.ABANDONED, reason)
         return True
@@ -66,8 +68,10 @@ class Returning:
         await self._return_files(move, move)
         async with self._shop.fenced("abandon", move) as fence:
             await self._tidy(fence, move)
-            if move.state is MoveState.DELETING and _all_are_back(await read_files(fence.connection, move.id)):
-                await fence.connection.execute(sql.SET_HOT, move.subject)
+            was_cold = move.state is MoveState.DELETING
+            whole = _all_are_back(await read_files(fence.connection, move.id))
+            subjects = self._shop.subjects(move)
+            await subjects.become_hot(fence.connection, move, was_cold=was_cold, whole=whole)
             await forget_files(fence.connection, move.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.ABANDONED, move.abandoning or "")
         return True
@@ -84,7 +88,8 @@ class Returning:
         await self._return_files(move, demotion)
         async with self._shop.fenced("become hot", move) as fence:
             await self._tidy(fence, demotion)
-            await fence.connection.execute(sql.SET_HOT, move.subject)
+            subjects = self._shop.subjects(demotion)
+            await subjects.become_hot(fence.connection, demotion, was_cold=True, whole=True)
             await forget_files(fence.connection, demotion.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
         return True

@@ -32,6 +32,7 @@ from tierd.config import (
 )
 from tierd.errors import UsageError
 from tierd.objects.keys import check_bucket
+from tierd.outputs import ROOT_CHARS_MAX
 from tierd.postgres_settings import PostgresAddress, PostgresSettings, PostgresUrl
 from tierd.redis_options import split_url
 
@@ -94,6 +95,18 @@ class ControllerSettings(PostgresSettings):
     cleanup_share_max: Ratio = Field(0.25, gt=0, le=1)
     cleanup_errors_max: Ratio = Field(0.2, ge=0, le=1)
     catalogue_drop_max: Ratio = Field(0.5, ge=0, le=1)
+    outputs_root: str = "outputs"
+    outputs_scan_at: TimeOfDay = time(3)
+    outputs_cleanup_at: TimeOfDay = time(4)
+    outputs_hot_days: Ratio = Field(7.0, gt=0, le=36_500)
+    outputs_hot_budget: Bytes = Field(100 * 10**9, ge=0)
+    outputs_cleanup_max: Whole = Field(100_000, ge=1)
+    outputs_grace: Seconds = Field(_DAY_SECONDS, ge=0)
+    outputs_drop_max: Ratio = Field(0.5, ge=0, le=1)
+    outputs_delete_wait: Seconds = Field(3600.0, ge=0)
+    outputs_tombstone_days: Ratio = Field(30.0, gt=0, le=36_500)
+    outputs_promote_accesses: Whole = Field(5, ge=0)
+    outputs_promote_window: Seconds = Field(7 * _DAY_SECONDS, gt=0)
     archive_at: TimeOfDay = time(3)
     contexts_warm_days: Ratio = Field(30.0, gt=0, le=36_500)
     contexts_archive_workers: Whole = Field(2, ge=1, le=16)
@@ -119,6 +132,15 @@ class ControllerSettings(PostgresSettings):
         if not roots:
             raise ValueError("must name a directory")
         return tuple(relative_root(root) for root in roots)
+
+    @field_validator("outputs_root")
+    @classmethod
+    def _outputs_stay_inside(cls, root: str) -> str:
+        found = relative_root(root)
+        if not found or len(found) > ROOT_CHARS_MAX:
+            raise ValueError(f"must name a directory below the source, in at most {ROOT_CHARS_MAX} characters")
+        found.encode()  # UnicodeEncodeError is a ValueError
+        return found
 
     @field_validator("contexts_bucket")
     @classmethod
@@ -150,6 +172,11 @@ class ControllerSettings(PostgresSettings):
     def models_roots_bytes(self) -> tuple[bytes, ...]:
         """The models roots as paths are compared."""
         return tuple(root.encode("utf-8", "surrogateescape") for root in self.models_root)
+
+    @property
+    def outputs_root_bytes(self) -> bytes:
+        """The outputs root as paths are compared."""
+        return self.outputs_root.encode()
 
 
 def load(

@@ -10,12 +10,13 @@ node's from access to sending, that of Redis from there on. So no node's calenda
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 from uuid import UUID
 
-from tierd.statistics import Message, ModelAccess, NumberedBatch, OpenReport
+from tierd.statistics import Message, ModelAccess, NumberedBatch, OpenReport, OutputNews
 
 _NS_PER_MS = 1_000_000
 
@@ -68,6 +69,30 @@ class ModelSum:
         self.size_bytes = access.size_bytes or self.size_bytes
 
 
+@dataclass(slots=True)
+class OutputSum:
+    """What is to be told of one output; ages are None where nothing was."""
+
+    opens: int = 0
+    access_age_ns: int | None = None
+    written_age_ns: int | None = None
+    removed_age_ns: int | None = None
+    ended: int | None = None
+    """Version of its object for which no stub stands any more."""
+
+    def add(self, news: OutputNews, age_ns: Callable[[int | None], int | None]) -> None:
+        """One batch's part; `age_ns` is how long ago something was."""
+        self.opens += news.opens
+        self.access_age_ns = _latest(self.access_age_ns, age_ns(news.last_access_ns))
+        self.written_age_ns = _latest(self.written_age_ns, age_ns(news.written_ns))
+        self.removed_age_ns = _latest(self.removed_age_ns, age_ns(news.removed_ns))
+        self.ended = news.ended or self.ended
+
+
+def _latest(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one if other is None else min(one, other)
+
+
 @dataclass(frozen=True, slots=True)
 class NodeSeen:
     """The latest of one node. `leases` is None where it reported nothing, or does not know; `contested`: two daemons
@@ -79,6 +104,8 @@ class NodeSeen:
     leases: tuple[str, ...] | None
     leases_age_ns: int
     contested: bool
+    erased: frozenset[int] = frozenset()
+    """Erasures of outputs that it confirms."""
 
 
 @dataclass(slots=True)
@@ -87,6 +114,7 @@ class Plan:
 
     applied: dict[Boot, int] = field(default_factory=dict)
     models: dict[str, ModelSum] = field(default_factory=dict)
+    outputs: dict[str, OutputSum] = field(default_factory=dict)
     nodes: dict[str, NodeSeen] = field(default_factory=dict)
     results: Counter[str] = field(default_factory=Counter)
     """How many messages were `applied`, a `duplicate`, a `gap`, a `report` alone."""
@@ -129,6 +157,12 @@ def _apply(made: Plan, one: Received, known: Mapping[Boot, Known]) -> None:
         for access in batch.models:
             age_ns = one.age_ns + max(0, message.sent_ns - access.last_access_ns)
             made.models.setdefault(access.model_id, ModelSum(age_ns)).add(access, age_ns)
+        for news in batch.outputs:
+            made.outputs.setdefault(news.path, OutputSum()).add(news, partial(_age_ns, one))
+
+
+def _age_ns(one: Received, at_ns: int | None) -> int | None:
+    return None if at_ns is None else one.age_ns + max(0, one.message.sent_ns - at_ns)
 
 
 def _seen(received: Iterable[Received], known: Mapping[Boot, Known]) -> NodeSeen:
@@ -145,6 +179,7 @@ def _seen(received: Iterable[Received], known: Mapping[Boot, Known]) -> NodeSeen
         said.leases if said is not None else None,
         reports[-1].age_ns if reports else 0,
         contested=len(boots) > 1 or known[latest.boot].was_latest is False,
+        erased=frozenset(number for one in reports for number in one.message.report.erased),  # type: ignore[union-attr]
     )
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 from tierd.controller.carrier import Carrier
 from tierd.controller.moves import Moves
+from tierd.controller.output_backup import OutputBackup
+from tierd.controller.output_files import OutputFiles
+from tierd.controller.output_work import OutputWork
 from tierd.controller.settings import ControllerSettings
 from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.store import ObjectStore
+from tierd.output_metrics import OutputMetrics
 from tierd.postgres import Database
 
 
@@ -26,3 +30,7 @@ class Work:
     metrics: ControllerMetrics
     store: ObjectStore
     context_metrics: ContextMetrics
+    output_files: OutputFiles
+    output_backup: OutputBackup
+    output_metrics: OutputMetrics
+    output_work: OutputWork

@@ -18,11 +18,15 @@ from tierd.controller.hot_tree import HotTree
 from tierd.controller.job_names import JOB_HELP
 from tierd.controller.move_workshop import MoveSettings
 from tierd.controller.moves import Moves
+from tierd.controller.output_backup import BackupSettings, OutputBackup
+from tierd.controller.output_files import OutputFiles
+from tierd.controller.output_work import output_work_of
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.work import Work
 from tierd.errors import UsageError
 from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.settings import describe, open_store
+from tierd.output_metrics import OutputMetrics
 from tierd.postgres import Database
 
 log = structlog.get_logger(__name__)
@@ -42,6 +46,7 @@ class Workplace:
         open_store(self._objects, environ).close()  # says now what is wrong with it
         self.registry = CollectorRegistry()
         self.metrics = ControllerMetrics(self.registry, JOB_HELP)
+        self.output_metrics = OutputMetrics(self.registry)
         self.context_metrics = ContextMetrics(self.registry)
 
     @asynccontextmanager
@@ -54,17 +59,24 @@ class Workplace:
             tree, store = HotTree(self.source), open_store(self._objects, self._environ)
             moves = Moves(database, tree, store, self._moves(), epoch)
             carrier = Carrier(database, moves)
+            files = OutputFiles(tree, self.settings.outputs_root_bytes)
+            backup = OutputBackup(database, epoch, files, store, self._backup(), self.output_metrics)
             try:
                 await _look_around(moves)
                 yield Work(
                     *(self.settings, database, epoch, self.source, moves, carrier, self.metrics),
-                    *(store, self.context_metrics),
+                    *(store, self.context_metrics, files, backup, self.output_metrics),
+                    output_work_of(self.settings, moves, files),
                 )
             finally:
                 store.close()  # first: then what its threads do ends soon
                 await carrier.close()
                 await asyncio.to_thread(moves.__exit__)
+                await asyncio.to_thread(backup.close)
                 tree.close()
+
+    def _backup(self) -> BackupSettings:
+        return BackupSettings(self._objects.outputs_bucket, self._state_dir)
 
     def _moves(self) -> MoveSettings:
         settings = self.settings
@@ -72,6 +84,8 @@ class Workplace:
             state_dir=self._state_dir,
             models_roots=settings.models_roots_bytes,
             bucket=self._objects.models_bucket,
+            outputs_bucket=self._objects.outputs_bucket,
+            outputs_grace=settings.outputs_grace,
             grace=settings.grace,
             lease_report_max_age=settings.lease_report_max_age,
             lease_reports=settings.nodes_report,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -42,9 +43,9 @@ class _Chunk:
 
 
 class ColdBytes:
-    """See the module. `bucket` holds the objects of cold files."""
+    """See the module. `bucket` holds the objects of cold files, or tells which one does."""
 
-    def __init__(self, store: ObjectStore, bucket: str) -> None:
+    def __init__(self, store: ObjectStore, bucket: str | Callable[[Origin], str]) -> None:
         self._fetch_object = fetch_from(store, bucket)
         self._lock = threading.Lock()
         self._chunks: OrderedDict[tuple[str, int], _Chunk] = OrderedDict()
@@ -123,6 +124,11 @@ class ColdBytes:
                 self._chunks.pop(key, None)  # the next one tries again
         finally:
             chunk.there.set()
+
+    def forget_chunks(self) -> None:
+        """Nothing of what came is kept; who waits for a chunk gets it."""
+        with self._lock:
+            self._chunks = OrderedDict((key, chunk) for key, chunk in self._chunks.items() if not chunk.there.is_set())
 
     # --- whole files ---
 

@@ -252,7 +252,14 @@ class ColdSource(PosixSource):
         self._refuse(dir_fd, name)
         return super().symlink(dir_fd, name, target, owner)
 
-    def unlink(self, dir_fd: int, name: bytes, about: About = lambda st: None) -> Change:
+    def unlink(
+        self,
+        dir_fd: int,
+        name: bytes,
+        about: About = lambda st: None,
+        ended: Callable[[Origin], None] = lambda origin: None,
+    ) -> Change:
+        """As that of any source. `ended` is told what a cold file stood for that has no name any more."""
         with self.layers.of(dir_fd) as layer:
             stub = layer.find(name) if layer is not None else None
             if layer is None or stub is None:
@@ -261,7 +268,14 @@ class ColdSource(PosixSource):
                 os.unlink(name, dir_fd=layer.fd)
                 return super().unlink(dir_fd, name, about)
 
-            change = super().unlink(layer.fd, name, lambda st: about(stub.of(st)))
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=layer.fd)
+            try:
+                held = os.fstat(fd).st_ino
+                change = super().unlink(layer.fd, name, lambda st: about(stub.of(st)))
+                if stub.cold and stub.origin is not None and held == change.before.st_ino and _is_gone(fd):
+                    ended(stub.origin)
+            finally:
+                os.close(fd)
             return Change(*(stub.of(st) for st in change))
 
     def rmdir(self, dir_fd: int, name: bytes, about: About = lambda st: None) -> Change:
@@ -378,6 +392,14 @@ class ColdSource(PosixSource):
         with self.layers.of(dir_fd) as layer, suppress(FileNotFoundError):
             if layer is not None:
                 os.unlink(name, dir_fd=layer.fd)
+
+
+def _is_gone(fd: int) -> bool:
+    """It had its last name; in doubt it had not. The source itself is asked: another node may have made a link."""
+    try:
+        return forced_stat(fd).st_nlink == 0
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ESTALE)
 
 
 def _follow(layer: Layer, stub: Stub) -> None:

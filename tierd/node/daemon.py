@@ -135,7 +135,7 @@ class Daemon:
             unsent=settings.redis is not None,
         )
         stack.callback(self.index.close)
-        self.cold = open_cold_bytes(settings.objects, stack)
+        self.cold = open_cold_bytes(settings.objects, stack, settings.outputs_root_bytes)
         is_model_dir = ModelDirs(self.source)
         self.tier = self._build_tier(is_model_dir)
         self.publisher = self._build_publisher(is_model_dir)
@@ -147,8 +147,13 @@ class Daemon:
             models_roots=settings.models_roots_bytes,
             is_model_dir=is_model_dir,
             load_idle_gap_s=settings.load_idle_gap,
+            outputs_root=self._outputs_root(),
             **({"noted": self.tier.usage.note} if self.tier else {}),
         )
+
+    def _outputs_root(self) -> bytes | None:
+        """None where nobody is told of outputs."""
+        return self.settings.outputs_root_bytes if self.settings.redis is not None else None
 
     def _build_tier(self, is_model_dir: ModelDirs) -> TierParts | None:
         if self._cache_dir is None:
@@ -161,7 +166,11 @@ class Daemon:
             return None
         from tierd.node.publish_setup import publisher_of
 
-        return publisher_of(self.settings, self.index, self.metrics.registry, lambda: self.overlay, is_model_dir)
+        store = self.tier.store if self.tier is not None else None
+        return publisher_of(
+            *(self.settings, self.index, self.metrics.registry, lambda: self.overlay, is_model_dir),
+            *(store, self.cold),
+        )
 
     async def _serve(self) -> None:
         """Everything between mount and unmount."""
@@ -239,6 +248,7 @@ class Daemon:
             cold=self.cold,
             bounds=self._recall_bounds(),
             loaded=self.publisher.exchange.wishes.loaded if self.publisher else lambda path: None,
+            outputs_root=self._outputs_root(),
         )
         operations = fuse.FuseOperations(
             self.overlay,

@@ -19,6 +19,7 @@ from tierd.node.inodes import Node, pack
 from tierd.node.journal import Closed, Journal, Opened
 from tierd.node.ledger import COLD_PREFIX, HANDLE, HandleRecord, Ledger
 from tierd.node.once import Once
+from tierd.node.output_notes import OutputNotes
 from tierd.node.packets import FIRST_HANDLE
 from tierd.node.reach import Reach
 from tierd.node.read_path import Holder, NoHolder, ReadPath
@@ -40,7 +41,7 @@ class Files(Reach):
 
     `event_dropped` is called when the journal was full, `read_ended` with whence a reader's bytes came, whether the
     kernel moved them, and how many the daemon did (see `Metrics.read_ended`); `now_ns` is the wall clock accesses are
-    recorded with.
+    recorded with. Below `outputs_root` the controller hears of what is written and removed.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Files(Reach):
         ledger: Ledger | None = None,
         once: Once | None = None,
         holder: Holder | None = None,
+        outputs_root: bytes | None = None,
     ) -> None:
         stale = tier is not None and tier.settings.stale_if_unreachable
         super().__init__(source, tier.source_deadline_s if tier is not None and stale else math.inf, ledger, once)
         self._holder = holder or NoHolder()
         self.journal = journal
+        self.output_notes = OutputNotes(journal, outputs_root, event_dropped)
         self._reads = reads
         self._now_ns = now_ns
         self._event_dropped = event_dropped
@@ -265,6 +268,7 @@ class Files(Reach):
             node.dirty -= 1
             if node.dirty == 0:
                 self.inodes.set_version(node, pack(version) if version is not None else None)
+            self._record_written(handle)
         self._end_handle(handle)
         if handle.fill is not None:
             await self._run_data(handle.fill.detach, handle.target)
@@ -290,11 +294,17 @@ class Files(Reach):
             self.journal.closed(Closed(handle.fh, handle.recorded_path, self._now_ns(), handle.target.bytes_read))
             handle.recorded_path = None
 
+    def _record_written(self, handle: FileHandle) -> None:
+        with suppress(Moved):  # a file without a name is nobody's output
+            self.output_notes.written(self.inodes.path(handle.node), self._now_ns())
+
     def end_records(self) -> None:
-        """The daemon stops: what is still open, or was closed this moment, counts as read so far."""
+        """The daemon stops: what is still open, or was closed this moment, counts as read and written so far."""
         self.take_events()
         for handle in self.files.values():
             self._record_close(handle)
+            if handle.dirty:
+                self._record_written(handle)
 
     def _leave_tier(self, handle: FileHandle) -> None:
         """The lease ends; pages that the kernel holds twice by now are dropped after the last close."""

@@ -25,7 +25,7 @@ from tierd.policy import heat_now
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _SCHEMA = Path(__file__).with_name("schema.sql")
 _MIGRATIONS = {
     1: """
@@ -35,6 +35,8 @@ _MIGRATIONS = {
 }
 """By version, what leads to the next one; tables and indexes that are new come from the schema."""
 _BUSY_SECONDS = 5.0
+_UNSENT_OUTPUTS_MAX = 200_000
+"""Of more than these the controller hears by its scan; the file grows to some 40 MB with them."""
 
 
 @dataclass(slots=True)
@@ -59,6 +61,31 @@ class FileDelta:
     last_access_ns: int = 0
 
 
+@dataclass(slots=True)
+class OutputDelta:
+    """What a batch adds to one output; times are 0 where nothing was."""
+
+    opens: int = 0
+    last_access_ns: int = 0
+    written_ns: int = 0
+    removed_ns: int = 0
+    ended: int = 0
+    """Version of its object for which nothing stands any more."""
+
+    def opened(self, at_ns: int) -> None:
+        """It was opened for reading."""
+        self.opens += 1
+        self.last_access_ns = max(self.last_access_ns, at_ns)
+
+    def changed(self, at_ns: int, *, removed: bool, ended: int = 0) -> None:
+        """It was written, or its name removed."""
+        if removed:
+            self.removed_ns = max(self.removed_ns, at_ns)
+            self.ended = max(self.ended, ended)
+        else:
+            self.written_ns = max(self.written_ns, at_ns)
+
+
 @dataclass(frozen=True, slots=True)
 class OpenRow:
     """One open, as `tierd opens` shows it."""
@@ -77,6 +104,8 @@ class Batch:
     models: dict[bytes, ModelDelta] = field(default_factory=dict)
     files: dict[bytes, FileDelta] = field(default_factory=dict)
     opens: list[OpenRow] = field(default_factory=list)
+    outputs: dict[bytes, OutputDelta] = field(default_factory=dict)
+    """By path below the outputs root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +147,8 @@ class Index:
         self._max_files = max_files
         self._half_life_s = half_life_s
         self._unsent = unsent
+        self.outputs_not_noted = 0
+        """Outputs of which the controller is not told, since the start: too many wait already."""
         self._write_lock = threading.Lock()
         self._writer = _open_or_replace(path)
         self._writer.create_function("heat_now", 4, heat_now, deterministic=True)
@@ -132,6 +163,7 @@ class Index:
                 self._add_models(db, batch)
                 if self._unsent:
                     self._add_unsent(db, batch)
+                    self._add_outputs(db, batch)
                 self._add_opens(db, batch)
             self._file_rows = rows
         return pruned
@@ -169,6 +201,29 @@ class Index:
             ((model, m.opens, m.loads, m.hits, m.bytes_read, m.last_access_ns) for model, m in batch.models.items()),
         )
 
+    def _add_outputs(self, db: sqlite3.Connection, batch: Batch) -> None:
+        """Bounded: those that wait already go on adding up, others find no room."""
+        if not batch.outputs:
+            return
+        (rows,) = db.execute("SELECT count(*) FROM unsent_outputs").fetchone()
+        room = max(0, _UNSENT_OUTPUTS_MAX - rows)
+        for path, delta in batch.outputs.items():
+            values = (delta.opens, delta.last_access_ns, delta.written_ns, delta.removed_ns, path, delta.ended)
+            known = db.execute(
+                "UPDATE unsent_outputs SET opens = opens + ?1, last_access = max(last_access, ?2),"
+                " written = max(written, ?3), removed = max(removed, ?4), ended = max(ended, ?6) WHERE path = ?5",
+                values,
+            ).rowcount
+            if not known and room:
+                db.execute(
+                    "INSERT INTO unsent_outputs (opens, last_access, written, removed, path, ended)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    values,
+                )
+                room -= 1
+            elif not known:
+                self.outputs_not_noted += 1
+
     def _add_files(self, db: sqlite3.Connection, batch: Batch) -> tuple[int, int]:
         """How many file rows there will be, and how many had to go."""
         known = sum(1 for path in batch.files if db.execute("SELECT 1 FROM files WHERE path = ?", (path,)).fetchone())
@@ -187,6 +242,18 @@ class Index:
             (surplus,),
         )
         return rows - surplus, surplus
+
+    def forget_files(self, paths: Iterable[bytes]) -> None:
+        """Keep no history of these files. Raises sqlite3.Error."""
+        with self._write_lock:
+            with self._writer as db:
+                names = [(path,) for path in paths]
+                gone = db.executemany("DELETE FROM files WHERE path = ?", names).rowcount
+                db.execute("CREATE TEMP TABLE IF NOT EXISTS forgotten (path BLOB PRIMARY KEY)")
+                db.executemany("INSERT OR IGNORE INTO forgotten VALUES (?)", names)
+                db.execute("DELETE FROM opens WHERE path IN (SELECT path FROM forgotten)")
+                db.execute("DELETE FROM forgotten")
+            self._file_rows -= gone
 
     def set_pin(self, model: bytes, pinned: bool, at_ns: int) -> bool:
         """Pin or unpin a model; True if that changed anything. Raises sqlite3.Error."""

@@ -39,11 +39,24 @@ class Closed:
     bytes_read: int
 
 
-Event = Opened | Closed
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """An output was written, or its name removed. `path` is relative to the outputs root.
+
+    `ended`: the version of its object that no cold file stands for any more, since the last name of that was removed.
+    """
+
+    path: bytes
+    at_ns: int
+    removed: bool = False
+    ended: int = 0
+
+
+Event = Opened | Closed | Changed
 
 
 class Journal:
-    """The queue. `dropped` counts opens that did not fit since the start."""
+    """The queue. `dropped` counts opens, and changes of outputs, that did not fit since the start."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -54,8 +67,8 @@ class Journal:
     def __len__(self) -> int:
         return len(self._events)
 
-    def opened(self, event: Opened) -> bool:
-        """Note an open; False if the queue is full and it was dropped."""
+    def opened(self, event: Opened | Changed) -> bool:
+        """Note an open, or a change; False if the queue is full and it was dropped."""
         if len(self._events) >= self._capacity:
             self.dropped += 1
             return False

@@ -1,8 +1,9 @@
 """The outbox: accesses that the controller has yet to acknowledge, in the index. Sends nothing: `publish.py` does.
 
-Accesses add up per model (`unsent`, written by `Index.apply`) until `freeze` makes a numbered batch of them, which then
-never changes. Batches are kept until they are acknowledged; while BATCHES_MAX of them wait, accesses go on adding up:
-nothing is dropped, and nothing grows beyond one row for each model.
+Accesses add up per model and output (`unsent`, `unsent_outputs`, written by `Index.apply`) until `freeze` makes a
+numbered batch of them, which then never changes. Batches are kept until they are acknowledged; while BATCHES_MAX of
+them wait, accesses go on adding up: nothing is dropped, and nothing grows beyond one row for each model, nor beyond
+the bound that the index has for outputs.
 
 Contract: blocking, any thread, one publisher at a time. Every method may raise sqlite3.Error, and has then changed
 nothing. A batch is on the disk before anybody can have seen its number, or a number could come to mean two batches.
@@ -20,10 +21,14 @@ import structlog
 from tierd.node.index import Index
 from tierd.statistics import (
     MODELS_MAX,
+    OUTPUTS_MAX,
     ModelAccess,
     NumberedBatch,
+    OutputNews,
     decode_accesses,
+    decode_outputs,
     encode_accesses,
+    encode_outputs,
     model_id_of,
 )
 from tierd.units import display
@@ -46,6 +51,11 @@ class Outbox:
         self._index = index
         self._publisher: _Publisher | None = None
         self.dropped = 0
+
+    @property
+    def outputs_dropped(self) -> int:
+        """Outputs for which there was no room since the start."""
+        return self._index.outputs_not_noted
 
     @property
     def begun(self) -> bool:
@@ -101,17 +111,48 @@ class Outbox:
             return [model for (model,) in db.execute("SELECT model FROM unsent ORDER BY id LIMIT ?", (MODELS_MAX,))]
 
     def freeze(self, sizes: Mapping[bytes, int | None]) -> None:
-        """Make the accesses of these models a batch. `sizes` are their bytes, None where they are not known."""
+        """Make the accesses of these models, and of outputs if there is room, a batch. `sizes` are the models' bytes,
+        None where they are not known."""
         publisher = self._begun()
-        if not sizes:
+        if not sizes and not self._has_outputs():
             return
         with self._index.transaction(durable=True) as db:
+            outputs = self._take_outputs(db)
             accesses = [access for model, size in sizes.items() if (access := self._take(db, model, size)) is not None]
-            if accesses:
+            if accesses or outputs:
                 publisher = publisher._replace(sequence=publisher.sequence + 1)
                 db.execute("UPDATE publisher SET sequence = ?", (publisher.sequence,))
                 db.execute("INSERT INTO unacknowledged VALUES (?, ?)", (publisher.sequence, encode_accesses(accesses)))
+            if outputs:
+                values = publisher.sequence, encode_outputs(outputs)
+                db.execute("INSERT INTO unacknowledged_outputs VALUES (?, ?)", values)
         self._publisher = publisher
+
+    def _has_outputs(self) -> bool:
+        with self._index.reader() as db:
+            return db.execute("SELECT 1 FROM unsent_outputs LIMIT 1").fetchone() is not None
+
+    def _take_outputs(self, db: sqlite3.Connection) -> list[OutputNews]:
+        """Those that wait longest; none while there is no room for a batch."""
+        (waiting,) = db.execute("SELECT count(*) FROM unacknowledged").fetchone()
+        if waiting >= BATCHES_MAX:
+            return []
+        rows = db.execute(
+            "DELETE FROM unsent_outputs WHERE id IN (SELECT id FROM unsent_outputs ORDER BY id LIMIT ?)"
+            " RETURNING path, opens, last_access, written, removed, ended",
+            (OUTPUTS_MAX,),
+        ).fetchall()
+        return [
+            OutputNews(
+                path=path.decode(),  # the recorder took it for an output's
+                opens=opens,
+                last_access_ns=max(0, last_access) or None,
+                written_ns=max(0, written) or None,
+                removed_ns=max(0, removed) or None,
+                ended=ended or None,
+            )
+            for path, opens, last_access, written, removed, ended in rows
+        ]
 
     def _take(self, db: sqlite3.Connection, model: bytes, size: int | None) -> ModelAccess | None:
         columns = "opens, loads, hits, bytes_read, last_access"
@@ -141,8 +182,18 @@ class Outbox:
     def waiting(self) -> list[NumberedBatch]:
         """The batches that are not acknowledged, the oldest first. Raises BadMessage."""
         with self._index.reader() as db:
-            rows = db.execute("SELECT sequence, accesses FROM unacknowledged ORDER BY sequence").fetchall()
-        return [NumberedBatch(sequence=sequence, models=decode_accesses(data)) for sequence, data in rows]
+            rows = db.execute(
+                "SELECT sequence, accesses, outputs FROM unacknowledged LEFT JOIN unacknowledged_outputs"
+                " USING (sequence) ORDER BY sequence"
+            ).fetchall()
+        return [
+            NumberedBatch(
+                sequence=sequence,
+                models=decode_accesses(accesses),
+                outputs=decode_outputs(outputs) if outputs is not None else (),
+            )
+            for sequence, accesses, outputs in rows
+        ]
 
     def acknowledge(self, sequence: int) -> int:
         """Every batch up to `sequence` was applied: forget these; how many.
@@ -153,6 +204,7 @@ class Outbox:
         publisher = self._begun()
         with self._index.transaction(durable=True) as db:
             done = db.execute("DELETE FROM unacknowledged WHERE sequence <= ?", (sequence,)).rowcount
+            db.execute("DELETE FROM unacknowledged_outputs WHERE sequence <= ?", (sequence,))
             if sequence > publisher.sequence:
                 publisher = _Publisher(uuid4(), 0)
                 db.execute("UPDATE publisher SET boot = ?, sequence = 0", (str(publisher.boot),))

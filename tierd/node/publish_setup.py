@@ -16,6 +16,8 @@ from tierd import __version__
 from tierd.config import MountSettings, read_secret
 from tierd.metrics import PublishMetrics
 from tierd.node.catalog import files_of
+from tierd.node.cold_bytes import ColdBytes
+from tierd.node.forgetting import Forgetting
 from tierd.node.handles import FileHandle
 from tierd.node.index import Index
 from tierd.node.inodes import Node
@@ -24,8 +26,10 @@ from tierd.node.open_models import OpenModels
 from tierd.node.outbox import Outbox
 from tierd.node.overlay import Overlay
 from tierd.node.publish import Client, Exchange, Publisher
+from tierd.node.store import Store
 from tierd.node.wishes import Wishes
 from tierd.redis_options import address, redis_options
+from tierd.stubs import Origin
 from tierd.units import model_of
 
 _SIZE_AGE_SECONDS: Final = 300.0
@@ -38,6 +42,10 @@ GAUGES: Final[dict[str, tuple[str, Callable[[Publisher], float]]]] = {
     "promote_wishes_waiting": ("Cold models to be asked for.", lambda p: len(p.exchange.wishes)),
     "promote_wishes_sent": ("Cold models asked for since start.", lambda p: p.exchange.wishes.sent_count),
     "promote_wishes_dropped": ("Cold models that no room was left for.", lambda p: p.exchange.wishes.dropped),
+    "publish_dropped_outputs": (
+        "Outputs of which the controller hears only by its scan: too many waited.",
+        lambda p: p.exchange.outbox.outputs_dropped,
+    ),
     "publish_dropped_models": ("Models that no catalogue can name.", lambda p: p.exchange.outbox.dropped),
 }
 """What is exported as `tierd_NAME` at each scrape."""
@@ -49,8 +57,11 @@ def publisher_of(
     registry: CollectorRegistry,
     overlay: Callable[[], Overlay],
     is_model_dir: Callable[[bytes], bool],
+    store: Store | None,
+    cold: ColdBytes | None,
 ) -> Publisher:
-    """The publisher of a daemon. Connects to nothing yet; `overlay` is asked once it runs."""
+    """The publisher of a daemon. Connects to nothing yet; `overlay` is asked once it runs. `store`, `cold`: what the
+    node may have of outputs that are deleted."""
     assert settings.redis is not None, "nobody is told"
     url = settings.redis.get_secret_value()
 
@@ -64,6 +75,10 @@ def publisher_of(
     def path_of(node: Node) -> bytes:
         return overlay().inodes.path(node)
 
+    def cold_open() -> list[Origin]:
+        handles = list(overlay().files.values())
+        return [handle.origin for handle in handles if handle.origin is not None]
+
     metrics = PublishMetrics(registry)
     publisher = Publisher(
         Exchange(
@@ -72,6 +87,7 @@ def publisher_of(
             node_id(settings),
             version=__version__,
             wishes=Wishes(model_of_path),
+            forget=Forgetting(index, store, cold, cold_open).round,
         ),
         metrics,
         address=address(url),

@@ -18,9 +18,10 @@ import structlog
 import trio
 
 from tierd.metrics import Metrics
-from tierd.node.index import Batch, FileDelta, Index, ModelDelta, OpenRow
-from tierd.node.journal import Closed, Event, Journal, Opened
+from tierd.node.index import Batch, FileDelta, Index, ModelDelta, OpenRow, OutputDelta
+from tierd.node.journal import Changed, Closed, Event, Journal, Opened
 from tierd.node.sources import PosixSource
+from tierd.outputs import Output, below, parse
 from tierd.policy import LoadGrouper
 from tierd.units import looks_like_model, model_of, split
 
@@ -86,6 +87,7 @@ class Recorder:
     """See the module. `record` is what a worker thread does; `run` feeds it.
 
     `noted` is told, from that thread, which model was accessed, how many loads of it began and when it was last.
+    Reads of files below `outputs_root` are counted for the controller; without one they are not.
     """
 
     def __init__(
@@ -97,12 +99,14 @@ class Recorder:
         models_roots: Sequence[bytes],
         is_model_dir: Callable[[bytes], bool],
         load_idle_gap_s: float,
+        outputs_root: bytes | None = None,
         noted: Callable[[bytes, int, int], None] = lambda model, loads, at_ns: None,
     ) -> None:
         self._journal = journal
         self._index = index
         self._metrics = metrics
         self._roots = tuple(models_roots)
+        self._outputs_root = outputs_root
         self._is_model_dir = is_model_dir
         self._noted = noted
         self._loads = LoadGrouper(load_idle_gap_s)
@@ -139,6 +143,12 @@ class Recorder:
         self._metrics.index_rows_pruned(pruned)
 
     def _add(self, batch: Batch, event: Event) -> None:
+        if isinstance(event, Changed):
+            entry_of_output = batch.outputs.setdefault(event.path, OutputDelta())
+            entry_of_output.changed(event.at_ns, removed=event.removed, ended=event.ended)
+            return
+        if isinstance(event, Opened):
+            self._add_output(batch, event)
         model = self._model(event)
         file = batch.files.setdefault(event.path, FileDelta(model))
         file.last_access_ns = max(file.last_access_ns, event.at_ns)
@@ -153,7 +163,12 @@ class Recorder:
         else:
             self._add_close(event, model, file, entry)
 
-    def _model(self, event: Event) -> bytes | None:
+    def _add_output(self, batch: Batch, event: Opened) -> None:
+        path = below(event.path, self._outputs_root) if self._outputs_root is not None else None
+        if path is not None and isinstance(parse(path), Output):
+            batch.outputs.setdefault(path, OutputDelta()).opened(event.at_ns)
+
+    def _model(self, event: Opened | Closed) -> bytes | None:
         """A close belongs to the model that its open was counted for, whatever the directory holds by now."""
         if isinstance(event, Closed) and event.fh in self._model_of_open:
             return self._model_of_open.pop(event.fh)

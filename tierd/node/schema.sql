@@ -57,6 +57,21 @@ CREATE TABLE IF NOT EXISTS unacknowledged (     -- batches that are sent until t
     accesses       BLOB NOT NULL                -- as statistics.encode_accesses makes them
 );
 
+CREATE TABLE IF NOT EXISTS unsent_outputs (     -- what happened to outputs since the latest batch; times are 0 if nothing
+    id             INTEGER PRIMARY KEY,
+    path           BLOB NOT NULL UNIQUE,        -- relative to the outputs root
+    opens          INTEGER NOT NULL,
+    last_access    INTEGER NOT NULL,
+    written        INTEGER NOT NULL,            -- closed after something was written, or renamed to there
+    removed        INTEGER NOT NULL,            -- its name was removed
+    ended          INTEGER NOT NULL DEFAULT 0   -- version of the object that nothing stands for since; 0: none
+);
+
+CREATE TABLE IF NOT EXISTS unacknowledged_outputs ( -- of the batch with that number
+    sequence       INTEGER PRIMARY KEY,
+    outputs        BLOB NOT NULL                -- as statistics.encode_outputs makes them
+);
+
 CREATE TABLE IF NOT EXISTS publisher (          -- one row
     id             INTEGER PRIMARY KEY CHECK (id = 1),
     boot           TEXT NOT NULL,               -- UUID of this index: a new one begins to count anew

@@ -1,0 +1,135 @@
+"""Commands for generated outputs: `tierd outputs`. They show what the controller's books say, and fetch a copy.
+
+What they need is imported when they run: a node daemon shall not carry the controller's libraries.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import UUID
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from tierd.cli_controller import Config, Postgres, settings_of
+from tierd.cli_jobs import with_connection
+from tierd.cli_output_delete import delete_outputs
+from tierd.console import AsJson, human_bytes, out, print_json, printable, say
+from tierd.errors import UsageError
+
+if TYPE_CHECKING:
+    from tierd.controller.output_books import Standing
+    from tierd.postgres import Connection
+
+_Tier = Literal["hot", "cold", "unbacked", "vanished"]
+_outputs = typer.Typer(
+    help="Look at generated outputs: which there are, how they stand, what is left alone.\n\n"
+    "Its settings are TIERDCTL_NAME in the environment, or `name: value` in a YAML file (--config);"
+    " docs/OPERATIONS.md lists them.",
+    no_args_is_help=True,
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands of this module, and `delete`."""
+    _outputs.command("delete")(delete_outputs)
+    app.add_typer(_outputs, name="outputs")
+
+
+@_outputs.command("list")
+def list_outputs(
+    config: Config = None,
+    postgres: Postgres = None,
+    user: Annotated[str | None, typer.Option(help="Only those of this user.")] = None,
+    tier: Annotated[
+        _Tier | None,
+        typer.Option(help="Only these; unbacked: without a compared copy; vanished: not in the source."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many, the latest first.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Show the latest outputs: whose, of which kind and size, where their bytes are, how often they were read."""
+    from tierd.controller import output_list
+
+    rows = with_connection(settings_of(postgres, config), lambda c: output_list.rows(c, user, tier, limit))
+    if as_json:
+        print_json([dict(row) | {key: _iso(row[key]) for key in _TIMES} for row in rows])
+        return
+    table = Table("output", "user", "file", "size", "where", "reads", "created")
+    for row in rows:
+        size = "" if row["size_bytes"] is None else human_bytes(row["size_bytes"])
+        cells = (row["output_id"], row["user_id"], row["filename"], size, _where(row), str(row["access_count"]))
+        table.add_row(*(Text(printable(cell)) for cell in (*cells, f"{row['created_at']:%Y-%m-%d %H:%M:%S %Z}")))
+    out.print(table)
+
+
+_TIMES = ("created_at", "last_accessed", "vanished_at")
+
+
+def _where(row: Any) -> str:
+    if row["vanished_at"] is not None:
+        return "cold, not in the source" if row["cold_storage"] else "nowhere"
+    found = [name for name in ("hot", "cold") if row[f"{name}_storage"]]
+    return ", ".join(found) + (f" ({row['error']})" if row["error"] else "")
+
+
+@_outputs.command("stats")
+def show_stats(config: Config = None, postgres: Postgres = None, as_json: AsJson = False) -> None:
+    """Count outputs and bytes by tier; name the files below the outputs root that are left alone, and why."""
+    from tierd.controller import output_books, output_list
+
+    async def ask(connection: Connection) -> tuple[Standing, list[Any]]:
+        return await output_books.standing(connection), list(await output_list.faults(connection))
+
+    standing, faults = with_connection(settings_of(postgres, config), ask)
+    if as_json:
+        tiers = {tier: {"outputs": count, "bytes": size} for tier, (count, size) in standing.tiers.items()}
+        told = [fault | {"seen_at": _iso(fault["seen_at"])} for fault in faults]
+        oldest = round(standing.oldest_unbacked_s, 3)
+        print_json({"tiers": tiers, "oldest_unbacked_s": oldest, "faults": standing.faults, "left_alone": told})
+        return
+    table = Table("tier", "outputs", "bytes")
+    for tier, (count, size) in standing.tiers.items():
+        table.add_row(tier, str(count), human_bytes(size))
+    out.print(table)
+    if standing.oldest_unbacked_s:
+        say(out, f"the oldest output without a compared copy is {standing.oldest_unbacked_s:.0f} s old")
+    if not faults:
+        return
+    left = Table("left alone", "why")
+    for fault in faults:
+        left.add_row(Text(printable(fault["path"])), Text(printable(fault["reason"])))
+    out.print(left)
+
+
+@_outputs.command("get")
+def get_output(
+    output: Annotated[UUID, typer.Argument(metavar="OUTPUT", help="Its UUID.")],
+    file: Annotated[Path | None, typer.Argument(help="Where to; its own name in this directory by default.")] = None,
+    config: Config = None,
+    postgres: Postgres = None,
+) -> None:
+    """Fetch the backup of OUTPUT from the object store into a new FILE, and compare it. Needs objects."""
+    from tierd.controller import output_list
+    from tierd.objects.settings import describe, open_store
+
+    settings = settings_of(postgres, config)
+    if settings.objects is None:
+        raise UsageError("no object store is named", hint="set objects to its URL or a directory")
+    described = describe(settings.objects)
+    backup = with_connection(settings, lambda c: output_list.backup_of(c, output, settings.outputs_root_bytes))
+    target = file if file is not None else Path(backup.name)
+    store = open_store(described, os.environ)
+    try:
+        output_list.fetch(store, described.outputs_bucket, backup, target)
+    finally:
+        store.close()
+    say(out, f"{target}: {human_bytes(backup.stored.size)}, SHA-256 {backup.stored.sha256}")
+
+
+def _iso(at: datetime | None) -> str | None:
+    return at.isoformat() if at is not None else None

@@ -1,0 +1,56 @@
+"""What the controller counts of generated outputs: how they stand, how their backup goes. Measures nothing.
+
+Labels are tiers; never a user, and never a name of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+TIERS: Final = ("hot", "cold", "unbacked", "vanished")
+"""With bytes in the source; with an object that was compared; with bytes in the source alone; with neither file nor
+stub in the source. One output may count in two."""
+_BACKUP_BUCKETS: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 6 * 3600.0, 86_400.0)
+
+
+class OutputMetrics:
+    """See the module."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._outputs = Gauge("tierd_outputs", "Generated outputs by tier.", ["tier"], registry=registry)
+        self._bytes = Gauge("tierd_output_bytes", "Bytes of generated outputs by tier.", ["tier"], registry=registry)
+        self._oldest = Gauge(
+            "tierd_output_oldest_unbacked_seconds",
+            "Age of the oldest output that has no compared copy in the object store; 0 if there is none.",
+            registry=registry,
+        )
+        self._faults = Gauge(
+            "tierd_output_faults", "Files below the outputs root that are left alone.", registry=registry
+        )
+        self._seconds = Histogram(
+            "tierd_output_backup_seconds", "Time from the news of an output to its compared copy.",
+            buckets=_BACKUP_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self._failed = Counter(
+            "tierd_output_backups_failed", "Copies that failed, to be tried again.", registry=registry
+        )
+
+    def backed_up(self, seconds: float) -> None:
+        """A copy was compared, so long after its output was told of."""
+        self._seconds.observe(seconds)
+
+    def failed(self) -> None:
+        """A copy failed."""
+        self._failed.inc()
+
+    def stand(self, tiers: Mapping[str, tuple[int, int]], oldest_unbacked_s: float, faults: int) -> None:
+        """Outputs and bytes by tier, as they are now."""
+        for tier in TIERS:
+            outputs, size = tiers.get(tier, (0, 0))
+            self._outputs.labels(tier).set(outputs)
+            self._bytes.labels(tier).set(size)
+        self._oldest.set(oldest_unbacked_s)
+        self._faults.set(faults)
