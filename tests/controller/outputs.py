@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -81,6 +82,12 @@ class House:
     async def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         async with connected(self.dsn) as connection:
             return [tuple(row) for row in await connection.fetch(query, *values)]
+
+    def meanwhile(self, query: str) -> None:
+        """A statement of somebody else, from within whatever runs."""
+        thread = threading.Thread(target=lambda: asyncio.run(self.rows(f"{query} RETURNING 1")))
+        thread.start()
+        thread.join()
 
     @asynccontextmanager
     async def leading(
