@@ -20,6 +20,7 @@ from rich.text import Text
 from tierd import log
 from tierd.cli_controller import Config, Postgres, settings_of
 from tierd.cli_jobs import with_connection
+from tierd.cli_output_delete import delete_outputs
 from tierd.console import AsJson, err, human_bytes, out, print_json, printable, say
 from tierd.errors import DatabaseError, UsageError
 
@@ -41,7 +42,8 @@ _outputs = typer.Typer(
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Register the commands of this module."""
+    """Register the commands of this module, and `delete`."""
+    _outputs.command("delete")(delete_outputs)
     app.add_typer(_outputs, name="outputs")
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from tierd.erasures import ERASURES_MAX
 from tierd.errors import TierdError
 from tierd.outputs import Fault, parse
 
@@ -39,6 +40,7 @@ _FAULT_CHARACTERS_MAX: Final = 200
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Neither PostgreSQL nor a log line takes all of these."""
 _INT64_MAX: Final = (1 << 63) - 1
+_INT32_MAX: Final = (1 << 31) - 1
 
 
 class BadMessage(TierdError):
@@ -123,7 +125,7 @@ class OutputNews(Strict):
     """What a batch says of one output, by its path below the outputs root. Times are None where nothing was.
 
     `written_ns`: it was closed after something was written to it, or renamed to there; `removed_ns`: its name was
-    removed. Neither says what is there now.
+    removed. Neither says what is there now. `ended`: the version of its object for which no cold file stands any more.
     """
 
     path: Annotated[str, AfterValidator(_output_path)]
@@ -131,6 +133,7 @@ class OutputNews(Strict):
     last_access_ns: _Nanoseconds | None = None
     written_ns: _Nanoseconds | None = None
     removed_ns: _Nanoseconds | None = None
+    ended: Annotated[int, Field(ge=1, le=_INT32_MAX)] | None = None
 
 
 def _each_output_once(outputs: tuple[OutputNews, ...]) -> tuple[OutputNews, ...]:
@@ -160,9 +163,11 @@ class NumberedBatch(Strict):
 
 
 class OpenReport(Strict):
-    """The models with open files at the time of sending; None if the node cannot tell."""
+    """The models with open files at the time of sending; None if the node cannot tell. `erased`: the erasures
+    (`erasures.py`) of whose outputs the node has nothing, and nobody there reads one."""
 
     leases: Annotated[tuple[ModelId, ...], Field(max_length=LEASES_MAX)] | None
+    erased: Annotated[tuple[Annotated[int, Field(ge=1, le=_INT64_MAX)], ...], Field(max_length=ERASURES_MAX)] = ()
 
 
 class Message(Strict):
@@ -184,8 +189,14 @@ _OUTPUTS: Final[TypeAdapter[tuple[OutputNews, ...]]] = TypeAdapter(Outputs)
 
 
 def encode(message: Message) -> bytes:
-    """A message as it travels. One without outputs is what a controller understands that knows of none."""
-    without = {"batch": {"outputs"}} if message.batch is not None and not message.batch.outputs else None
+    """A message as it travels. What it does not have it does not name: that is what an older controller understands."""
+    without: dict[str, Any] = {}
+    if message.batch is not None and not message.batch.outputs:
+        without["batch"] = {"outputs"}
+    elif message.batch is not None:
+        without["batch"] = {"outputs": {i: {"ended"} for i, news in enumerate(message.batch.outputs) if not news.ended}}
+    if message.report is not None and not message.report.erased:
+        without["report"] = {"erased"}
     return message.model_dump_json(exclude=without).encode()
 
 

@@ -29,6 +29,7 @@ from tierd.controller.output_backup import BackupSettings, OutputBackup, key_of
 from tierd.controller.output_cleanup import cleanup_old_outputs
 from tierd.controller.output_files import OutputFiles
 from tierd.controller.output_scan import OutputScan, Scanned
+from tierd.controller.output_work import output_work_of
 from tierd.controller.statistics_plan import OutputSum
 from tierd.controller.work import Work
 from tierd.metrics import ContextMetrics, ControllerMetrics
@@ -115,6 +116,7 @@ class House:
             work = Work(
                 *(told, database, epoch, source, moves, carrier, metrics),
                 *(self.store, ContextMetrics(CollectorRegistry()), files, backup, self.metrics),
+                output_work_of(told, moves, files),
             )
             try:
                 yield Leader(work)
@@ -166,7 +168,7 @@ def sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def cold_read(house: House, path: str) -> bytes | None:
+def read(house: House, path: str) -> bytes | None:
     """An output as the overlay has it: hot wins, else what its stub stands for; None if it is not there."""
     file = house.outputs / path
     if file.exists():

@@ -9,10 +9,12 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tests.controller.house import tierd
+from tests.controller.house import settings_for, tierd
 from tests.controller.outputs import BUCKET, DAY, House
 from tests.servers import run
 from tierd.controller.output_backup import key_of
+from tierd.errors import UsageError
+from tierd.outputs_api import delete_outputs
 
 HOSTILE = "a\x1b[31mb"
 
@@ -40,7 +42,7 @@ def house(tmp_path: Path, schema: str) -> House:
 def outputs(house: House, *words: str) -> subprocess.CompletedProcess[str]:
     """A command, with the settings of the house."""
     return tierd(
-        "outputs", *words, TIERDCTL_POSTGRES=house.dsn, TIERDCTL_OBJECTS=str(house.root / "objects")
+        *("outputs", *words), TIERDCTL_POSTGRES=house.dsn, TIERDCTL_OBJECTS=str(house.root / "objects"), COLUMNS="200"
     )  # fmt: skip
 
 
@@ -116,3 +118,81 @@ def test_get_hands_out_no_wrong_byte(house: House, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "is damaged" in done.stderr
     assert not (tmp_path / "copy").exists()
+
+
+# --- delete ---
+
+
+def delete(house: House, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command where nobody leads, so that it does it itself."""
+    env = {
+        "TIERDCTL_POSTGRES": house.dsn,
+        "TIERDCTL_OBJECTS": str(house.root / "objects"),
+        "TIERDCTL_SOURCE": str(house.root / "source"),
+        "TIERDCTL_STATE_DIR": str(house.root / "state"),
+    } | env
+    return tierd("outputs", "delete", *words, **env)
+
+
+def test_delete_asks_first_and_a_dry_run_changes_nothing(house: House) -> None:
+    done = delete(house, "--user", "user123")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "tierd: nobody can be asked whether it is meant")
+    done = delete(house, "--user", "user123", "--dry-run", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"user": "user123", "outputs": 1, "bytes": 7})
+    assert (house.outputs / DAY / f"{UUID(int=1)}.png").read_bytes() == b"content"
+    assert run(house.rows("SELECT 1 FROM output_delete_wishes")) == []
+
+
+def test_delete_removes_all_of_a_user(house: House) -> None:
+    done = delete(house, "--user", "user123", "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "user": "user123",
+        "outputs": 1,
+        "hidden": 1,
+        "deleted": 1,
+        "unconfirmed_nodes": [],
+        "error": None,
+        "deleted_everywhere": True,
+    }
+    assert sorted(path.name for path in (house.outputs / DAY).iterdir()) == ["cat.png"]
+    assert not list((house.root / "objects").rglob(f"{UUID(int=1)}.png"))
+    assert list((house.root / "objects").rglob(f"{UUID(int=2)}.wav"))
+
+
+def test_delete_says_which_node_has_not_confirmed(house: House) -> None:
+    run(house.rows("INSERT INTO nodes (node_id, boot) VALUES ('gpu-7', gen_random_uuid()) RETURNING 1"))
+    words = ("--user", "other", "--output", str(UUID(int=2)), "--yes", "--wait", "1")
+    done = delete(house, *words)
+    assert done.returncode == 1
+    assert "0 of 1 outputs of other are deleted" in done.stderr
+    assert not (house.outputs / "other/2026/01/12" / f"{UUID(int=2)}.wav").exists()
+    run(house.rows("UPDATE output_erasures SET hidden_at = now() - interval '2 hours' RETURNING 1"))
+    done = delete(house, *words)
+    assert done.returncode == 1
+    assert "deleted, but not confirmed by gpu-7" in done.stderr
+    assert not list((house.root / "objects").rglob(f"{UUID(int=2)}.wav"))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--user", "user123", "--output", str(UUID(int=2))], "has no output"),
+        (["--user", "../x"], "cannot be a user"),
+    ],
+)
+def test_delete_refuses_what_is_nobodys(house: House, words: list[str], why: str) -> None:
+    done = delete(house, *words, "--yes")
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_programs_delete_through_the_library(house: House) -> None:
+    settings = settings_for(
+        house.dsn, source=house.root / "source", objects=str(house.root / "objects"), state_dir=house.root / "state"
+    )
+    found = delete_outputs("other", UUID(int=2), settings=settings)
+    assert (found.deleted, found.deleted_everywhere) == (1, True)
+    with pytest.raises(UsageError):
+        delete_outputs("other", UUID(int=9), settings=settings)

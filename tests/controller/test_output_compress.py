@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from tests.controller.fate import Fate, Killed
 from tests.controller.images import picture
 from tests.controller.moving import stub_path
-from tests.controller.outputs import DAY, House, Leader, cold_read
+from tests.controller.outputs import DAY, House, Leader, read
 from tests.servers import run
 from tierd.controller import output_compress
 from tierd.controller.jobs import Context, Outcome
@@ -73,7 +73,7 @@ def test_an_old_image_is_packed_anew_and_its_original_goes_after_the_grace(house
             assert house.object(path, 2) is None
             outcome = await compress(leader)
             assert (outcome.state, outcome.counts["in_grace"]) == ("done", 1), outcome
-            assert cold_read(house, path) == PACKED
+            assert read(house, path) == PACKED
             assert (house.object(path, 1), house.object(path, 2)) == (CONTENT, PACKED), "the original stays for a grace"
             assert (await compress(leader)).counts["done"] == 0, "it is not over"
             await end_grace(house)
@@ -82,9 +82,9 @@ def test_an_old_image_is_packed_anew_and_its_original_goes_after_the_grace(house
             assert (await compress(leader)).counts["in_grace"] == 0, "once"
 
     run(main())
-    assert cold_read(house, path) == PACKED
+    assert read(house, path) == PACKED
     assert (house.object(path, 1), house.object(path, 2)) == (None, PACKED)
-    assert cold_read(house, other) == b"sound"
+    assert read(house, other) == b"sound"
     assert stub_path(house.outputs / path).stat().st_mtime_ns == mtime_ns
     rows = run(house.rows(f"{ROW} WHERE filename LIKE '%.png'"))
     assert rows == [(2, len(PACKED), False, True)]
@@ -217,7 +217,7 @@ def test_if_the_new_object_is_lost_the_original_takes_its_place(
                 assert (await compress(leader)).counts["kept"] == 1
 
     run(main())
-    assert cold_read(house, path) == CONTENT
+    assert read(house, path) == CONTENT
     assert run(house.rows(ROW)) == [(1, len(CONTENT), False, True)]
 
 
@@ -340,7 +340,7 @@ def test_killed_between_any_two_effects(house: House) -> None:
         path = house.make(f"user{number}/2026/01/12", content=CONTENT, name=str(uuid4()))
 
         def look(_: str) -> None:
-            assert cold_read(house, path) in (CONTENT, PACKED)
+            assert read(house, path) in (CONTENT, PACKED)
 
         fate = Fate(last, look)
         async with house.leading() as leader:
@@ -351,7 +351,7 @@ def test_killed_between_any_two_effects(house: House) -> None:
         look("")
         async with house.leading() as leader:
             await whole(house, leader, path, look)
-        assert cold_read(house, path) == PACKED
+        assert read(house, path) == PACKED
         assert (house.object(path, 1), house.object(path, 2), house.object(path, 3)) == (None, PACKED, None)
         rows = await house.rows(f"{ROW} WHERE user_id = $1", f"user{number}")
         assert rows == [(2, len(PACKED), False, True)]

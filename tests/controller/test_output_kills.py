@@ -17,7 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.controller.fate import Fate, Killed
-from tests.controller.outputs import House, Leader, cold_read
+from tests.controller.outputs import House, Leader, read
 from tests.servers import run
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.output_moves import Day
@@ -45,7 +45,7 @@ class Outputs:
     def assert_readable(self, _: str = "") -> None:
         """At each moment each is there, and right."""
         for path, content in self.files.items():
-            assert cold_read(self.house, path) == content, path
+            assert read(self.house, path) == content, path
 
     async def go_on(self, leader: Leader) -> None:
         """As a leader does with all moves."""

@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.controller.moving import stub_path
-from tests.controller.outputs import BUCKET, DAY, House, Leader, cold_read
+from tests.controller.outputs import BUCKET, DAY, House, Leader, read
 from tests.servers import run
 from tierd.controller import candidates
 from tierd.controller.output_moves import Day
@@ -53,7 +53,7 @@ def test_old_outputs_leave_after_the_grace_and_stay_readable(house: House) -> No
             assert (outcome.state, outcome.counts["days_left"]) == ("done", 1), outcome
             assert await house.rows(TIERS) == [(False, True, 2)]
             assert len(trash(house)) == 2
-            assert {path: cold_read(house, path) for path in files} == files
+            assert {path: read(house, path) for path in files} == files
             assert (await leader.clean_up()).counts["outputs"] == 0, "they have left"
             async with leader.work.database.connection() as connection:
                 spent = (await candidates.look(connection, leader.work.settings)).spent
@@ -64,7 +64,7 @@ def test_old_outputs_leave_after_the_grace_and_stay_readable(house: House) -> No
             assert await leader.work.moves.advance(move) == "done"
 
     run(main())
-    assert {path: cold_read(house, path) for path in files} == files
+    assert {path: read(house, path) for path in files} == files
     assert trash(house) == []
     assert {path: stub_path(house.outputs / path).stat().st_mtime_ns for path in files} == times
     assert sorted(str(path.name) for path in (house.outputs / DAY).iterdir()) == [".tierd", "cat.png"]
@@ -129,7 +129,7 @@ def test_a_file_that_cannot_be_moved_keeps_no_other_one(house: House, spoil: str
     run(main())
     assert (house.outputs / good).exists() is False
     assert (house.outputs / bad).exists() is (spoil != "gone")
-    assert cold_read(house, good) == b"png"
+    assert read(house, good) == b"png"
 
 
 def test_a_file_written_since_its_backup_stays_and_is_looked_at(house: House) -> None:
@@ -201,7 +201,7 @@ def test_an_undo_brings_them_back_and_leaves_earlier_ones_cold(house: House) -> 
     run(main())
     assert (house.outputs / second).read_bytes() == b"second"
     assert not (house.outputs / first).exists()
-    assert cold_read(house, first) == b"first"
+    assert read(house, first) == b"first"
     assert house.object(second, 2) is None, "it is what was copied"
 
 

@@ -7,14 +7,17 @@ import os
 import time
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
 from tests.conftest import DirectoryFactory, MountFactory
+from tests.controller.house import connected
 from tests.controller.outputs import DAY, House
 from tests.controller.reporting import controller_of
 from tests.servers import RedisServer, run
+from tierd.controller import output_deletion
+from tierd.controller.erasure_news import ErasureNews
 
 SECONDS = 40.0
 COLD_READ_SECONDS = 5.0
@@ -75,13 +78,78 @@ def test_an_output_lives_on_when_it_is_cold(
     (day / name).unlink()
     assert os.listdir(day) == ["notes.txt"]
     run(heard(house, url, "SELECT 1 FROM generated_outputs WHERE removed_at IS NOT NULL"))
+    run(deleted(house, url))
+    assert not list((house.root / "objects").rglob(name)), "what a user removed is deleted everywhere"
+    assert run(house.rows("SELECT 1 FROM generated_outputs")) == []
 
-    async def told() -> list[tuple[Any, ...]]:
-        async with house.leading() as leader:
+
+async def deleted(house: House, url: str, until: str = "SELECT 1 FROM output_erasures WHERE state = 'deleted'") -> None:
+    """Carry deletions on, with what nodes are told and say, until the books say so."""
+    async with controller_of(house.dsn, url) as controller, house.leading() as leader:
+        news = ErasureNews(controller.database, controller.redis, b"outputs")
+        async with asyncio.timeout(SECONDS):
+            while not await controller.rows(until):
+                await controller()
+                await leader.back_up()
+                await leader.work.output_work.deletion.round()
+                await leader.work.output_work.erasure.round()
+                await house.rows("UPDATE output_erasures SET hidden_at = hidden_at - interval '5 s' RETURNING 1")
+                await news.round()
+                await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("where", ["hot", "cold"])
+def test_who_reads_a_deleted_output_reads_on_and_then_it_is_gone(
+    house: House, overlay_mount: MountFactory, url: str, telling: dict[str, Any], where: str
+) -> None:
+    content = os.urandom(12_000_000)
+    path = house.make(content=content)
+
+    async def prepare() -> None:
+        async with house.leading(settle=0.0) as leader:
+            await leader.scan()
             await leader.back_up()
-        return await house.rows("SELECT hot_storage, cold_storage, vanished_at IS NOT NULL FROM generated_outputs")
+            if where == "cold":
+                await leader.clean_up()
+                await house.rows("UPDATE moves SET grace_until = now() RETURNING 1")
+                await leader.work.moves.resume_all()
 
-    assert run(told()) == [(False, True, True)], "it is removed, and nobody has deleted the object"
+    run(prepare())
+    mount = overlay_mount(house.root / "source", objects=str(house.root / "objects"), prefetch="no", **telling)
+    run(heard(house, url, "SELECT 1 FROM nodes"))
+    with open(mount.mountpoint / "outputs" / path, "rb", buffering=0) as reader:
+        assert reader.read(100) == content[:100]
+        run(wish(house, path))
+        run(deleted(house, url, "SELECT 1 FROM output_erasures WHERE state <> 'planned'"))
+        assert not (house.outputs / path).exists()
+        if where == "cold":
+            run(told_and_heard(house, url))
+            assert house.object(path) == content, "somebody reads it"
+        assert os.pread(reader.fileno(), len(content), 0) == content
+    run(deleted(house, url))
+    assert house.object(path) is None
+    assert path.rpartition("/")[2] not in os.listdir((mount.mountpoint / "outputs" / path).parent)
+
+
+async def wish(house: House, path: str) -> None:
+    async with connected(house.dsn) as connection:
+        name = UUID(path.rpartition("/")[2][:36])
+        await output_deletion.ask(connection, path.split("/", maxsplit=1)[0], name, "test")
+
+
+async def told_and_heard(house: House, url: str) -> None:
+    """Nodes are told of all deletions, report twice, and what can be done is done."""
+    async with controller_of(house.dsn, url) as controller, house.leading() as leader:
+        await house.rows("UPDATE output_erasures SET hidden_at = hidden_at - interval '5 s' RETURNING 1")
+        await ErasureNews(controller.database, controller.redis, b"outputs").round()
+        for _ in range(2):
+            ((before,),) = await controller.rows("SELECT last_seen FROM nodes")
+            async with asyncio.timeout(SECONDS):
+                while await controller.rows("SELECT 1 FROM nodes WHERE last_seen = $1", before):
+                    await controller()
+                    await asyncio.sleep(0.1)
+        await leader.work.output_work.erasure.round()
+        assert await controller.rows("SELECT 1 FROM output_erasure_nodes") == []
 
 
 def test_a_redis_that_is_away_loses_no_news(

@@ -31,7 +31,8 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(("name", "code"), _commands())
 def test_commands_of_the_docs_run(name: str, code: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    database = {"TIERDCTL_POSTGRES": request.getfixturevalue("database")} if name in ("controller", "moves") else {}
+    needs_database = name in ("controller", "moves", "outputs")
+    database = {"TIERDCTL_POSTGRES": request.getfixturevalue("database")} if needs_database else {}
     env = _environment() | database
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code],

@@ -36,6 +36,8 @@ class FakeRedis:
     def __init__(self) -> None:
         self.entries: list[bytes] = []
         self.applied: dict[tuple[str, str], bytes] = {}
+        self.sorted_sets: dict[str, list[bytes]] = {}
+        self.values: dict[str, bytes] = {}
         self.away = False
         self.clients = 0
         self.closed = 0
@@ -54,6 +56,16 @@ class FakeRedis:
         """A field."""
         self.answer()
         return self.applied.get((name, key))
+
+    def zrange(self, name: str, start: int, end: int) -> list[bytes]:
+        """Members of a sorted set."""
+        self.answer()
+        return sorted(self.sorted_sets.get(name, []))[start : end + 1]
+
+    def get(self, name: str) -> bytes | None:
+        """A value."""
+        self.answer()
+        return self.values.get(name)
 
     def pipeline(self, transaction: bool = True) -> FakePipeline:
         """A new one."""

@@ -11,6 +11,7 @@ from uuid import UUID
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tests.cold import freeze, stub_of
 from tests.unit.conftest import Reads
 from tests.unit.kernel import FakeKernel
 from tests.unit.test_outbox import accessed
@@ -23,6 +24,7 @@ from tierd.node.outbox import BATCHES_MAX, Outbox
 from tierd.node.overlay import Overlay
 from tierd.node.recorder import Recorder
 from tierd.statistics import BadMessage, Message, NumberedBatch, OutputNews, decode, encode
+from tierd.stubs import Origin
 
 ID = "a1b2c3d4-e5f6-7890-abcd-ef1234567890"
 DAY = b"u/2026/01/12"
@@ -97,6 +99,36 @@ async def test_one_that_is_removed_is_told(setup: Setup) -> None:
     assert setup.changes() == [Changed(PATH, 42, removed=True)]
 
 
+def make_cold(setup: Setup, version: int = 3) -> Path:
+    """The output is cold; its stub."""
+    file = setup.source / OUTPUT.decode()
+    file.write_bytes(b"png")
+    origin = Origin(f"outputs/{DAY.decode()}", version, file.name.encode(), 3, "0" * 64)
+    freeze({file: origin})
+    return stub_of(file)
+
+
+async def test_with_its_last_name_the_object_of_a_cold_one_is_told(setup: Setup) -> None:
+    make_cold(setup)
+    await setup.overlay.unlink(*await setup.kernel.parent(OUTPUT))
+    assert setup.changes() == [Changed(PATH, 42, removed=True, ended=3)]
+
+
+async def test_a_cold_one_with_another_name_ends_no_object(setup: Setup) -> None:
+    stub = make_cold(setup)
+    os.link(stub, setup.source / "elsewhere")
+    await setup.overlay.unlink(*await setup.kernel.parent(OUTPUT))
+    assert setup.changes() == [Changed(PATH, 42, removed=True)]
+
+
+async def test_a_cold_file_from_elsewhere_ends_no_object_of_the_output(setup: Setup) -> None:
+    file = setup.source / OUTPUT.decode()
+    file.write_bytes(b"png")
+    freeze({file: Origin(f"outputs/{DAY.decode()}", 3, b"another.png", 3, "0" * 64)})
+    await setup.overlay.unlink(*await setup.kernel.parent(OUTPUT))
+    assert setup.changes() == [Changed(PATH, 42, removed=True)]
+
+
 async def test_what_is_no_output_is_nobodys_business(setup: Setup) -> None:
     (setup.source / "other").mkdir()
     for path in (b"other/x", b"outputs/" + DAY + b"/cat.png", b"outputs/%s.png" % ID.encode()):
@@ -163,9 +195,14 @@ def news(outbox: Outbox) -> list[list[OutputNews]]:
 
 def test_reads_and_changes_of_an_output_add_up(index: Index, outbox: Outbox) -> None:
     record(index, Changed(PATH, 5), Opened(1, OUTPUT, 7, 0, None), Opened(2, OUTPUT, 6, 0, None))
-    record(index, Opened(3, OUTPUT, 9, 0, None), Changed(PATH, 11, removed=True), Opened(4, b"outputs/x", 10, 0, None))
+    record(
+        index,
+        Opened(3, OUTPUT, 9, 0, None),
+        Changed(PATH, 11, removed=True, ended=2),
+        Opened(4, b"outputs/x", 10, 0, None),
+    )
     outbox.freeze({})
-    told = OutputNews(path=PATH.decode(), opens=3, last_access_ns=9, written_ns=5, removed_ns=11)
+    told = OutputNews(path=PATH.decode(), opens=3, last_access_ns=9, written_ns=5, removed_ns=11, ended=2)
     assert news(outbox) == [[told]]
     outbox.freeze({})
     assert news(outbox) == [[told]], "it is told once"

@@ -19,6 +19,7 @@ from tierd.statistics import (
     ModelAccess,
     NumberedBatch,
     OpenReport,
+    OutputNews,
     decode,
     decode_accesses,
     encode,
@@ -192,3 +193,16 @@ def test_no_path_makes_a_name_that_the_other_side_refuses(path: bytes) -> None:
 )
 def test_names_of_models(path: bytes, name: str | None) -> None:
     assert model_id_of(path) == name
+
+
+def test_what_a_message_does_not_have_it_does_not_name() -> None:
+    """An older controller refuses what it does not know."""
+    news = OutputNews(path="u/2026/01/12/a1b2c3d4-e5f6-7890-abcd-ef1234567890.png", removed_ns=1)
+    other = OutputNews(path=news.path.replace("a1b2", "b1b2"), removed_ns=1, ended=2)
+    batch = NumberedBatch(sequence=1, models=(), outputs=(news, other))
+    made = Message(node_id="n", boot=BOOT, version="1", sent_ns=0, oldest=1, batch=batch, report=OpenReport(leases=()))
+    told = json.loads(encode(made))
+    assert ["ended" in one for one in told["batch"]["outputs"]] == [False, True]
+    assert "erased" not in told["report"]
+    report = OpenReport(leases=(), erased=(7,))
+    assert json.loads(encode(made.model_copy(update={"report": report})))["report"]["erased"] == [7]

@@ -21,6 +21,7 @@ from hypercorn.asyncio import serve as hypercorn_serve
 
 from tierd import web
 from tierd.controller import housekeeping
+from tierd.controller.erasure_news import ErasureNews
 from tierd.controller.jobs import run_next
 from tierd.controller.leading import Phase, Standing, lead
 from tierd.controller.move_wishes import Answers
@@ -42,6 +43,8 @@ _MOVES_SECONDS: Final = 5.0
 _REQUESTS_SECONDS: Final = 2.0
 _WISHES_SECONDS: Final = 1.0
 _OUTPUTS_SECONDS: Final = 2.0
+_PROMOTIONS_SECONDS: Final = 10.0
+_NEWS_SECONDS: Final = 5.0
 _METRICS_SECONDS: Final = 60.0
 _PURGE_SECONDS: Final = 600.0
 
@@ -95,6 +98,9 @@ class Controller:
             steadily("moves", work.carrier.round, _MOVES_SECONDS),
             steadily("wishes", Answers(work.database, work.moves, work.epoch).round, _WISHES_SECONDS),
             steadily("outputs", work.output_backup.round, _OUTPUTS_SECONDS),
+            steadily("output deletions", work.output_work.deletion.round, _OUTPUTS_SECONDS),
+            steadily("output erasures", work.output_work.erasure.round, _OUTPUTS_SECONDS),
+            steadily("output promotions", work.output_work.promotion.round, _PROMOTIONS_SECONDS),
             steadily("metrics", partial(housekeeping.tell_metrics, work), _METRICS_SECONDS),
             steadily("purge", partial(housekeeping.purge, work), _PURGE_SECONDS),
             steadily("wasted objects", partial(_clean_up, work), _PURGE_SECONDS),
@@ -102,7 +108,11 @@ class Controller:
         ]
         if self._redis is not None:
             requests = PromoteRequests(work.database, self._redis, work.moves, work.metrics)
-            tasks.append(StatisticsFold(work.database, self._redis, self._fold_metrics).run())
+            window_s = work.settings.outputs_promote_window
+            fold = StatisticsFold(work.database, self._redis, self._fold_metrics, reads_window_s=window_s)
+            tasks.append(fold.run())
+            news = ErasureNews(work.database, self._redis, work.settings.outputs_root_bytes)
+            tasks.append(steadily("erasure news", news.round, _NEWS_SECONDS))
             tasks.append(steadily("promote_requests", requests.round, _REQUESTS_SECONDS))
         return tasks
 

@@ -23,6 +23,7 @@ from tierd.controller.move_books import Move, StateChanged, add_move, forget_fil
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.move_workshop import MoveSettings, Workshop
 from tierd.controller.output_moves import Day
+from tierd.controller.output_promotion import OutputPromotions
 from tierd.controller.promotion import Promotions
 from tierd.controller.returning import Returning, begin_abandoning
 from tierd.controller.steps import FINAL, UNTOUCHED, MoveKind, MoveState
@@ -66,6 +67,7 @@ class Moves:
         self._returning = Returning(self._shop)
         self._demotion = Demotion(self._shop, self._returning)
         self._promotions = Promotions(self._shop)
+        self._output_promotions = OutputPromotions(self._shop)
         self._importing = Importing(self._shop)
         self._steps: dict[MoveKind, Mapping[MoveState, Step]] = {
             MoveKind.DEMOTE: self._demotion.steps,
@@ -73,6 +75,11 @@ class Moves:
             MoveKind.PROMOTE: self._promotions.steps,
             MoveKind.IMPORT: self._importing.steps,
         }
+
+    @property
+    def workshop(self) -> Workshop:
+        """For what works as moves do, within the same fences."""
+        return self._shop
 
     def __enter__(self) -> Self:
         return self
@@ -167,7 +174,7 @@ class Moves:
             if move.state in FINAL:
                 break
             try:
-                if not await self._steps[move.kind][move.state](move):
+                if not await self._step_of(move)(move):
                     break
             except StateChanged:
                 continue
@@ -176,6 +183,11 @@ class Moves:
             except (TierdError, OSError) as error:
                 return await self._note_failure(move, error)
         return (await self._shop.books.move(move_id)).state
+
+    def _step_of(self, move: Move) -> Step:
+        if move.kind is MoveKind.PROMOTE and output_moves.is_of_outputs(move):
+            return self._output_promotions.steps[move.state]
+        return self._steps[move.kind][move.state]
 
     async def resume_all(self) -> None:
         """Carry on all that is not at its end, oldest first. Raises NotLeaderError, DatabaseError."""

@@ -129,13 +129,22 @@ class OutputBackup:
         if isinstance(parse(one.path), Fault):
             raise TierdError("its row names no output", hint="who wrote it?")
         found = await self._run(self._files.find, one.path)
-        if found.hot is None:
+        if found.hot is None and not found.stub and one.cold and await self._run(self._is_lost, one):
+            await self._execute(sql.LOST, one.output_id, one.news)
+        elif found.hot is None:
             await self._execute(sql.NOT_HOT, one.output_id, one.news, found.stub)
         elif one.cold and await self._run(self._is_copied, one, found.hot):
             times = found.hot.mtime_ns, found.hot.ctime_ns
             await self._execute(sql.STILL_COPIED, one.output_id, one.news, signed(found.hot.inode), *times)
         else:
             await self._copy(one, found.hot)
+
+    def _is_lost(self, one: Pending) -> bool:
+        """Whether its object is not there. Raises ObjectError, also if there is no such bucket."""
+        next(
+            iter(self._store.list(self._settings.bucket, key := key_of(self._files.root, one.path, one.version))), None
+        )
+        return self._store.stat(self._settings.bucket, key) is None
 
     def _is_copied(self, one: Pending, found: FileVersion) -> bool:
         """Whether the file has the bytes of the object. If anything else of it changed, they are compared."""
@@ -165,6 +174,12 @@ class OutputBackup:
         self._at("ended copy")
         if seconds is not None:
             self._metrics.backed_up(seconds)
+        elif not await self._is_known(one):  # it was deleted meanwhile: so shall this copy be
+            await self._run(self._store.delete, self._settings.bucket, key_of(self._files.root, one.path, version))
+
+    async def _is_known(self, one: Pending) -> bool:
+        async with self._books.writing() as connection:
+            return bool(await connection.fetchval(sql.IS_KNOWN, one.output_id))
 
     def _put(self, path: bytes, version: int, expected: FileVersion) -> str:
         """Store the file, read the object to its end; its SHA-256. Raises OutputChanged, ObjectError, OSError."""

@@ -6,14 +6,18 @@ Everything here takes part in a transaction of its caller.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
+
+import structlog
 
 from tierd.controller import outputs_sql as sql
 from tierd.controller.statistics_plan import OutputSum
 from tierd.output_metrics import TIERS
 from tierd.outputs import Output, parse
 from tierd.postgres import Connection
+
+log = structlog.get_logger(__name__)
 
 _BIGINT = 1 << 64
 _SIGN = 1 << 63
@@ -40,8 +44,14 @@ class Pending(NamedTuple):
     news: int
 
 
-async def tell(connection: Connection, outputs: Mapping[str, OutputSum], late_ns: int) -> None:
-    """What nodes said, by path below the outputs root; `late_ns` is by how much now() is later than their ages say."""
+READS_WINDOW_SECONDS: Final = 7 * 86_400.0
+
+
+async def tell(
+    connection: Connection, outputs: Mapping[str, OutputSum], late_ns: int, window_s: float = READS_WINDOW_SECONDS
+) -> None:
+    """What nodes said, by path below the outputs root; `late_ns` is by how much now() is later than their ages say.
+    Reads within `window_s` of the first of them are counted as recent ones."""
     found = [(one, told) for path, told in outputs.items() if isinstance(one := parse(path.encode()), Output)]
     if not found:
         return
@@ -54,9 +64,9 @@ async def tell(connection: Connection, outputs: Mapping[str, OutputSum], late_ns
             [told.removed_age_ns for _, told in found],
         )
     ]
-    values = (*names, [told.opens for _, told in found], *ages)
+    values = (*names, [told.opens for _, told in found], *ages, [told.ended for _, told in found])
     await connection.execute(sql.ADD_TOLD, *values)
-    await connection.execute(sql.FOLD_TOLD, *values)
+    await connection.execute(sql.FOLD_TOLD, *values, window_s)
     await connection.execute(sql.ADD_CONFLICTS, *names[:3])
 
 
@@ -69,7 +79,10 @@ async def add_found(connection: Connection, found: Sequence[tuple[Output, FileVe
         [one.size for one in versions],
         [signed(one.inode) for one in versions],
         [one.mtime_ns for one in versions],
+        [one.ctime_ns for one in versions],
     )
+    for row in await connection.fetch(sql.ERASE_AGAIN, *values):
+        log.warning("deleted_output_came_back", erasure=row["id"], consequence="it is deleted again")
     new = await connection.fetch(sql.ADD_FOUND, *values)
     await connection.execute(sql.FOLD_FOUND, *values)
     await connection.execute(sql.ADD_CONFLICTS, *names[:3])

@@ -59,9 +59,20 @@ BEGIN_SWITCH: Final = """
 UPDATE output_compressions SET state = 'switching', size_bytes = $2, sha256 = $3 WHERE id = $1
 """
 
+# Whoever renames or links the stub from now on may take the one or the other ($2) with him: `rm` keeps both.
+ADD_LOOSE: Final = "UPDATE generated_outputs SET loose = array_append(loose, $2::int) WHERE output_id = $1"
+
+# A stub that stands for $2 did so for $5 before; nobody knows that of every one.
 SET_VERSION: Final = """
-UPDATE generated_outputs SET version = $2, size_bytes = $3, sha256 = $4 WHERE output_id = $1
+UPDATE generated_outputs
+SET version = $2, size_bytes = $3, sha256 = $4,
+    stub_version = CASE WHEN stub_version = $5::int THEN $2 ELSE stub_version END,
+    loose = array_append(array_remove(loose, $2), $5::int)
+WHERE output_id = $1
 """
+
+# Nothing stands for the original any more.
+TIGHTEN: Final = "UPDATE generated_outputs SET loose = array_remove(loose, $2::int) WHERE output_id = $1"
 
 BEGIN_GRACE: Final = """
 UPDATE output_compressions SET state = 'in_grace', reason = '', try_at = now() + $2 * interval '1 second' WHERE id = $1

@@ -131,6 +131,7 @@ class OutputCompressions:
         async with self._fenced("switch", one) as fence:
             if await self._is_still(fence.connection, one, one.old_version, one.old):
                 await fence.connection.execute(sql.BEGIN_SWITCH, one.id, stored.size, bytes.fromhex(stored.sha256))
+                await fence.connection.execute(sql.ADD_LOOSE, one.output_id, one.version)
                 return
         await self._drop(one)
 
@@ -151,7 +152,7 @@ class OutputCompressions:
                 except NoPlainStub as error:
                     await fence.connection.execute(sql.FINISH, one.id, "kept", str(error))
                     return
-                await self._set_version(fence.connection, one, one.version, one.new)
+                await self._set_version(fence.connection, one, one.version, one.new, one.old_version)
                 await fence.connection.execute(sql.BEGIN_GRACE, one.id, self._grace_s)
                 return
             # A stub may stand for either: whoever renamed it took with him what it stood for.
@@ -171,6 +172,7 @@ class OutputCompressions:
             if reason:
                 await fence.connection.execute(sql.FINISH, one.id, "kept", f"the original stays: {reason}")
             else:
+                await fence.connection.execute(sql.TIGHTEN, one.output_id, one.old_version)
                 await fence.connection.execute(sql.SET_DELETING, one.id)
 
     async def _needed(self, connection: Connection, one: Compression) -> str:
@@ -195,7 +197,7 @@ class OutputCompressions:
                 except NoPlainStub as error:
                     await fence.connection.execute(sql.FINISH, one.id, "kept", f"the new object is damaged; {error}")
                     return
-                await self._set_version(fence.connection, one, one.old_version, one.old)
+                await self._set_version(fence.connection, one, one.old_version, one.old, one.version)
             await fence.connection.execute(sql.FINISH, one.id, "kept", "the new object was damaged")
 
     async def _delete(self, one: Compression) -> None:
@@ -253,8 +255,10 @@ class OutputCompressions:
     async def _is_still(self, connection: Connection, one: Compression, version: int, stored: Stored) -> bool:
         return bool(await connection.fetchval(sql.STILL, one.output_id, version, bytes.fromhex(stored.sha256)))
 
-    async def _set_version(self, connection: Connection, one: Compression, version: int, stored: Stored) -> None:
-        values = one.output_id, version, stored.size, bytes.fromhex(stored.sha256)
+    async def _set_version(
+        self, connection: Connection, one: Compression, version: int, stored: Stored, before: int
+    ) -> None:
+        values = one.output_id, version, stored.size, bytes.fromhex(stored.sha256), before
         await connection.execute(sql.SET_VERSION, *values)
 
     async def _finish(self, one: Compression, state: str, reason: str) -> None:

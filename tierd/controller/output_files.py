@@ -96,6 +96,10 @@ class OutputFiles:
         which the caller empties. Raises OSError for what cannot be read; what goes meanwhile is passed over."""
         yield from self._below(b"", 0, faults)
 
+    def days_of(self, user: str, faults: list[Faults]) -> Iterator[Day]:
+        """The same of one user."""
+        return self._below(user.encode(), 1, faults)
+
     def _below(self, directory: bytes, level: int, faults: list[Faults]) -> Iterator[Day]:
         foreign = Faults(directory)
         for name in self._directories(directory, level, foreign):

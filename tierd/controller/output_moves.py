@@ -45,11 +45,20 @@ SELECT o.version = f.version AND o.sha256 = f.sha256 AND o.cold_storage AND o.pe
 FROM move_files f JOIN generated_outputs o ON {_THOSE_OF} ORDER BY o.output_id FOR UPDATE OF o
 """
 
+# From now on there may be a stub for its object, wherever users take it. One of an earlier object that nobody has seen
+# end may be anywhere, too.
+_MAY_HAVE_STUB: Final = f"""
+UPDATE generated_outputs o
+SET loose = CASE WHEN o.stub_version <> f.version THEN array_append(o.loose, o.stub_version) ELSE o.loose END,
+    stub_version = f.version, stub_inode = NULL
+FROM move_files f WHERE {_THOSE_OF}
+"""
+
 _COUNT_FILES: Final = "SELECT count(*) FROM move_files WHERE move_id = $1"
 
 # One that was written again meanwhile has another version: it is hot.
 _BECOME_COLD: Final = f"""
-UPDATE generated_outputs o SET hot_storage = false
+UPDATE generated_outputs o SET hot_storage = false, stub_inode = f.stub, reads_since = NULL, recent_reads = 0
 FROM move_files f
 WHERE {_THOSE_OF} AND f.state = 'switched' AND o.version = f.version AND o.sha256 = f.sha256 AND o.cold_storage
 """
@@ -117,6 +126,7 @@ class OutputDays:
         still = [row["still"] for row in await connection.fetch(_LOCK_LEAVING, *_of(move))]
         if not all(still) or len(still) != await connection.fetchval(_COUNT_FILES, move.id):
             raise MoveRefused(f"outputs of {shown(move.subject)} were written or deleted meanwhile")
+        await connection.execute(_MAY_HAVE_STUB, *_of(move))
 
     async def become_cold(self, connection: Connection, move: Move) -> bool:
         """Those that are still what was copied."""

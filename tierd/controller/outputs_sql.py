@@ -9,20 +9,30 @@ from typing import Final
 
 _TOLD: Final = """
 WITH given AS (
-    SELECT output_id, user_id, filename, output_type, opens,
+    SELECT output_id, user_id, filename, output_type, opens, ended,
            now() - access_us * interval '1 microsecond' AS accessed,
            now() - written_us * interval '1 microsecond' AS written,
            now() - removed_us * interval '1 microsecond' AS removed
-    FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[])
-         AS g (output_id, user_id, filename, output_type, opens, access_us, written_us, removed_us)
+    FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[],
+                $9::int[])
+         AS g (output_id, user_id, filename, output_type, opens, access_us, written_us, removed_us, ended)
 )
 """
 
-# What was written or read is there; what was only removed is nobody's any more.
+# No version of a UUID is used again while anybody may remember the objects of a deleted output that had it.
+_VERSION_BEFORE: Final = "coalesce((SELECT max(t.version) FROM output_tombstones t WHERE t.output_id = g.output_id), 0)"
+
+# What was written or read is there; what was only removed is nobody's any more. Of a deleted output only what was
+# written after its deletion is news: a new output.
 ADD_TOLD: Final = f"""{_TOLD}
-INSERT INTO generated_outputs (output_id, user_id, filename, output_type, created_at, pending_since)
-SELECT output_id, user_id, filename, output_type, coalesce(written, accessed), coalesce(written, now()) FROM given
-WHERE written IS NOT NULL OR accessed IS NOT NULL
+INSERT INTO generated_outputs (output_id, user_id, filename, output_type, created_at, pending_since, version)
+SELECT output_id, user_id, filename, output_type, coalesce(written, accessed), coalesce(written, now()),
+       {_VERSION_BEFORE}
+FROM given g
+WHERE (written IS NOT NULL OR accessed IS NOT NULL) AND NOT EXISTS (
+    SELECT FROM output_tombstones t JOIN output_erasures e ON e.id = t.erasure_id
+    WHERE t.output_id = g.output_id AND t.user_id = g.user_id AND t.filename = g.filename
+      AND (g.written IS NULL OR g.written <= e.asked_at))
 ORDER BY output_id, user_id, filename
 ON CONFLICT DO NOTHING
 """
@@ -34,7 +44,15 @@ FOLD_TOLD: Final = f"""{_TOLD}, locked AS (
 UPDATE generated_outputs o
 SET access_count = least(2147483647, o.access_count::bigint + g.opens),
     last_accessed = greatest(o.last_accessed, g.accessed),
-    removed_at = greatest(o.removed_at, g.removed),
+    removed_at = CASE WHEN g.written > greatest(o.removed_at, g.removed) THEN NULL
+                      ELSE greatest(o.removed_at, g.removed) END,
+    stub_version = nullif(o.stub_version, g.ended),
+    loose = array_remove(o.loose, g.ended),
+    reads_since = CASE WHEN g.opens = 0 OR o.reads_since > now() - $10 * interval '1 second' THEN o.reads_since
+                       ELSE g.accessed END,
+    recent_reads = least(2147483647, g.opens
+        + CASE WHEN o.reads_since > now() - $10 * interval '1 second' OR g.opens = 0 THEN o.recent_reads::bigint
+               ELSE 0 END),
     news = o.news + CASE WHEN g.written IS NULL AND g.removed IS NULL THEN 0 ELSE 1 END,
     pending_since = CASE WHEN g.written IS NULL AND g.removed IS NULL THEN o.pending_since
                          ELSE coalesce(o.pending_since, g.written, g.removed) END,
@@ -71,7 +89,8 @@ BEGIN_COPY: Final = """
 UPDATE generated_outputs
 SET version = greatest(version, reserved) + 1, cold_storage = false, sha256 = NULL, hot_storage = true,
     vanished_at = NULL, size_bytes = $3, inode = $4, mtime_ns = $5, ctime_ns = $6,
-    hot_since = CASE WHEN cold_storage OR NOT hot_storage THEN now() ELSE hot_since END
+    hot_since = CASE WHEN cold_storage OR NOT hot_storage THEN now() ELSE hot_since END,
+    removed_at = NULL, stub_version = CASE WHEN stub_inode = $4 THEN NULL ELSE stub_version END
 WHERE output_id = $1 AND news = $2
 RETURNING version
 """
@@ -87,11 +106,13 @@ WHERE o.output_id = before.output_id AND version = $2
 RETURNING extract(epoch FROM now() - before.pending_since)::float
 """
 
-# It has the bytes that were copied. One that was brought back is new in the hot tier.
+# It has the bytes that were copied. One that was brought back is new in the hot tier. Its stub is no longer one, if it
+# is that itself or the file which that stood for.
 STILL_COPIED: Final = """
 UPDATE generated_outputs
 SET inode = $3, mtime_ns = $4, ctime_ns = $5, attempts = 0, error = NULL, vanished_at = NULL, pending_since = NULL,
-    hot_since = CASE WHEN hot_storage THEN hot_since ELSE now() END, hot_storage = true
+    hot_since = CASE WHEN hot_storage THEN hot_since ELSE now() END, hot_storage = true, removed_at = NULL,
+    stub_version = CASE WHEN stub_inode = $3 OR (inode, mtime_ns) = ($3, $4) THEN NULL ELSE stub_version END
 WHERE output_id = $1 AND news = $2
 """
 
@@ -99,7 +120,16 @@ WHERE output_id = $1 AND news = $2
 NOT_HOT: Final = """
 UPDATE generated_outputs
 SET hot_storage = false, vanished_at = CASE WHEN $3 THEN NULL ELSE coalesce(vanished_at, now()) END,
+    removed_at = CASE WHEN $3 THEN NULL ELSE removed_at END,
     attempts = 0, error = NULL, pending_since = NULL
+WHERE output_id = $1 AND news = $2
+"""
+
+# What there was of it in the object store is not there either: it was deleted, and the books are older than that.
+LOST: Final = """
+UPDATE generated_outputs
+SET hot_storage = false, cold_storage = false, vanished_at = coalesce(vanished_at, now()), pending_since = NULL,
+    attempts = 0, error = 'its object is gone, too: are the books older than its deletion?'
 WHERE output_id = $1 AND news = $2
 """
 
@@ -112,6 +142,8 @@ WHERE output_id = $1
 """
 
 # --- scans ---
+
+IS_KNOWN: Final = "SELECT EXISTS (SELECT FROM generated_outputs WHERE output_id = $1)"
 
 ANY_KNOWN: Final = "SELECT EXISTS (SELECT FROM generated_outputs)"
 
@@ -136,15 +168,31 @@ DROP_DAYS: Final = "DELETE FROM output_days WHERE directory = ANY ($1::bytea[])"
 
 _FOUND: Final = """
 WITH given AS (
-    SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[])
-         AS g (output_id, user_id, filename, output_type, size_bytes, inode, mtime_ns)
+    SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[],
+                         $8::bigint[])
+         AS g (output_id, user_id, filename, output_type, size_bytes, inode, mtime_ns, ctime_ns)
 )
+"""
+
+# A file that was deleted, as it was then: one that is about to be, or that came back with the source's own books.
+_DELETED: Final = """
+    t.output_id = g.output_id AND t.user_id = g.user_id AND t.filename = g.filename
+    AND (t.inode, t.size_bytes, t.mtime_ns, t.ctime_ns) = (g.inode, g.size_bytes, g.mtime_ns, g.ctime_ns)
+"""
+
+# It is deleted again.
+ERASE_AGAIN: Final = f"""{_FOUND}
+UPDATE output_erasures e SET state = 'planned', try_at = now()
+WHERE state <> 'planned' AND id IN (SELECT t.erasure_id FROM output_tombstones t JOIN given g ON {_DELETED})
+RETURNING id
 """
 
 # Its age is that of the file; a time in the future is none.
 ADD_FOUND: Final = f"""{_FOUND}
-INSERT INTO generated_outputs (output_id, user_id, filename, output_type, created_at)
-SELECT output_id, user_id, filename, output_type, least(now(), to_timestamp(greatest(0, mtime_ns) / 1e9)) FROM given
+INSERT INTO generated_outputs (output_id, user_id, filename, output_type, created_at, version)
+SELECT output_id, user_id, filename, output_type, least(now(), to_timestamp(greatest(0, mtime_ns) / 1e9)),
+       {_VERSION_BEFORE}
+FROM given g WHERE NOT EXISTS (SELECT FROM output_tombstones t WHERE {_DELETED})
 ORDER BY output_id, user_id, filename
 ON CONFLICT DO NOTHING
 RETURNING output_id

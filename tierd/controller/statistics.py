@@ -88,12 +88,14 @@ class StatisticsFold:
         metrics: FoldMetrics,
         *,
         window_s: float = WINDOW_SECONDS,
+        reads_window_s: float = output_books.READS_WINDOW_SECONDS,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._database = database
         self._redis = redis
         self._metrics = metrics
         self._window_s = window_s
+        self._reads_window_s = reads_window_s
         self._pause = pause
         self._failing = False
         self._contested: set[str] = set()
@@ -223,7 +225,7 @@ class StatisticsFold:
             await connection.execute(sql.PLAN)
             made = plan(received, await _lock(connection, sorted({one.boot for one in received})))
             if made.applied:
-                await _apply(connection, made, late_ns)
+                await _apply(connection, made, late_ns, self._reads_window_s)
             await _note_nodes(connection, made, late_ns)
         return made
 
@@ -263,7 +265,7 @@ async def _lock(connection: Connection, boots: Sequence[Boot]) -> dict[Boot, Kno
     return known
 
 
-async def _apply(connection: Connection, made: Plan, late_ns: int) -> None:
+async def _apply(connection: Connection, made: Plan, late_ns: int, reads_window_s: float) -> None:
     boots = list(made.applied)
     await connection.execute(
         sql.SET_APPLIED, [b.node_id for b in boots], [b.boot for b in boots], list(made.applied.values())
@@ -276,7 +278,7 @@ async def _apply(connection: Connection, made: Plan, late_ns: int) -> None:
         [model.hits for model in models],
         [model.size_bytes for model in models],
     )
-    await output_books.tell(connection, made.outputs, late_ns)
+    await output_books.tell(connection, made.outputs, late_ns, reads_window_s)
 
 
 async def _note_nodes(connection: Connection, made: Plan, late_ns: int) -> None:
@@ -297,6 +299,9 @@ async def _note_nodes(connection: Connection, made: Plan, late_ns: int) -> None:
     latest = [name for name, age_us in ages if age_us is not None and age_us == leases_us[name]]
     held = [(name, model) for name in latest for model in made.nodes[name].leases or ()]
     await connection.execute(sql.FOLD_LEASES, latest, [name for name, _ in held], [model for _, model in held])
+    erased = [(name, number) for name, node in made.nodes.items() if not node.contested for number in node.erased]
+    if erased:
+        await connection.execute(sql.CONFIRM_ERASURES, [name for name, _ in erased], [number for _, number in erased])
 
 
 def _us(ns: int) -> int:

@@ -77,6 +77,8 @@ class OutputSum:
     access_age_ns: int | None = None
     written_age_ns: int | None = None
     removed_age_ns: int | None = None
+    ended: int | None = None
+    """Version of its object for which no stub stands any more."""
 
     def add(self, news: OutputNews, age_ns: Callable[[int | None], int | None]) -> None:
         """One batch's part; `age_ns` is how long ago something was."""
@@ -84,6 +86,7 @@ class OutputSum:
         self.access_age_ns = _latest(self.access_age_ns, age_ns(news.last_access_ns))
         self.written_age_ns = _latest(self.written_age_ns, age_ns(news.written_ns))
         self.removed_age_ns = _latest(self.removed_age_ns, age_ns(news.removed_ns))
+        self.ended = news.ended or self.ended
 
 
 def _latest(one: int | None, other: int | None) -> int | None:
@@ -101,6 +104,8 @@ class NodeSeen:
     leases: tuple[str, ...] | None
     leases_age_ns: int
     contested: bool
+    erased: frozenset[int] = frozenset()
+    """Erasures of outputs that it confirms."""
 
 
 @dataclass(slots=True)
@@ -174,6 +179,7 @@ def _seen(received: Iterable[Received], known: Mapping[Boot, Known]) -> NodeSeen
         said.leases if said is not None else None,
         reports[-1].age_ns if reports else 0,
         contested=len(boots) > 1 or known[latest.boot].was_latest is False,
+        erased=frozenset(number for one in reports for number in one.message.report.erased),  # type: ignore[union-attr]
     )
 
 

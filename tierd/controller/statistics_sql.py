@@ -92,3 +92,12 @@ SELECT node_id, model_id FROM held ORDER BY node_id, model_id
 ON CONFLICT DO NOTHING
 """
 """Replaces the leases of the nodes $1; writes only what changed."""
+
+CONFIRM_ERASURES = """
+INSERT INTO output_erasure_nodes (erasure_id, node_id)
+SELECT e.id, node_id FROM unnest($1::text[], $2::bigint[]) AS given (node_id, id) JOIN output_erasures e USING (id)
+WHERE e.state <> 'planned'
+ORDER BY e.id, node_id
+ON CONFLICT DO NOTHING
+"""
+"""Of deleted outputs a node has nothing any more."""

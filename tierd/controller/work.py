@@ -9,6 +9,7 @@ from tierd.controller.carrier import Carrier
 from tierd.controller.moves import Moves
 from tierd.controller.output_backup import OutputBackup
 from tierd.controller.output_files import OutputFiles
+from tierd.controller.output_work import OutputWork
 from tierd.controller.settings import ControllerSettings
 from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.store import ObjectStore
@@ -32,3 +33,4 @@ class Work:
     output_files: OutputFiles
     output_backup: OutputBackup
     output_metrics: OutputMetrics
+    output_work: OutputWork

@@ -20,6 +20,7 @@ from tierd.controller.move_workshop import MoveSettings
 from tierd.controller.moves import Moves
 from tierd.controller.output_backup import BackupSettings, OutputBackup
 from tierd.controller.output_files import OutputFiles
+from tierd.controller.output_work import output_work_of
 from tierd.controller.settings import ControllerSettings
 from tierd.controller.work import Work
 from tierd.errors import UsageError
@@ -64,6 +65,7 @@ class Workplace:
                 yield Work(
                     *(self.settings, database, epoch, self.source, moves, carrier, self.metrics),
                     *(store, self.context_metrics, files, backup, self.output_metrics),
+                    output_work_of(self.settings, moves, files),
                 )
             finally:
                 store.close()  # first: then what its threads do ends soon

@@ -125,6 +125,11 @@ class ColdBytes:
         finally:
             chunk.there.set()
 
+    def forget_chunks(self) -> None:
+        """Nothing of what came is kept; who waits for a chunk gets it."""
+        with self._lock:
+            self._chunks = OrderedDict((key, chunk) for key, chunk in self._chunks.items() if not chunk.there.is_set())
+
     # --- whole files ---
 
     def recall(self, path: str, origin: Origin) -> None:

@@ -252,7 +252,14 @@ class ColdSource(PosixSource):
         self._refuse(dir_fd, name)
         return super().symlink(dir_fd, name, target, owner)
 
-    def unlink(self, dir_fd: int, name: bytes, about: About = lambda st: None) -> Change:
+    def unlink(
+        self,
+        dir_fd: int,
+        name: bytes,
+        about: About = lambda st: None,
+        ended: Callable[[Origin], None] = lambda origin: None,
+    ) -> Change:
+        """As that of any source. `ended` is told what a cold file stood for that has no name any more."""
         with self.layers.of(dir_fd) as layer:
             stub = layer.find(name) if layer is not None else None
             if layer is None or stub is None:
@@ -262,6 +269,8 @@ class ColdSource(PosixSource):
                 return super().unlink(dir_fd, name, about)
 
             change = super().unlink(layer.fd, name, lambda st: about(stub.of(st)))
+            if stub.cold and stub.origin is not None and _is_gone(change):
+                ended(stub.origin)
             return Change(*(stub.of(st) for st in change))
 
     def rmdir(self, dir_fd: int, name: bytes, about: About = lambda st: None) -> Change:
@@ -378,6 +387,11 @@ class ColdSource(PosixSource):
         with self.layers.of(dir_fd) as layer, suppress(FileNotFoundError):
             if layer is not None:
                 os.unlink(name, dir_fd=layer.fd)
+
+
+def _is_gone(change: Change) -> bool:
+    """It had its last name. (A source that has forgotten the inode tells of it as it was before.)"""
+    return change.after.st_nlink == 0 or (change.before.st_nlink == 1 and change.after == change.before)
 
 
 def _follow(layer: Layer, stub: Stub) -> None:

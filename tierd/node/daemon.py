@@ -166,7 +166,11 @@ class Daemon:
             return None
         from tierd.node.publish_setup import publisher_of
 
-        return publisher_of(self.settings, self.index, self.metrics.registry, lambda: self.overlay, is_model_dir)
+        store = self.tier.store if self.tier is not None else None
+        return publisher_of(
+            *(self.settings, self.index, self.metrics.registry, lambda: self.overlay, is_model_dir),
+            *(store, self.cold),
+        )
 
     async def _serve(self) -> None:
         """Everything between mount and unmount."""

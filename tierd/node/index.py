@@ -69,16 +69,19 @@ class OutputDelta:
     last_access_ns: int = 0
     written_ns: int = 0
     removed_ns: int = 0
+    ended: int = 0
+    """Version of its object for which nothing stands any more."""
 
     def opened(self, at_ns: int) -> None:
         """It was opened for reading."""
         self.opens += 1
         self.last_access_ns = max(self.last_access_ns, at_ns)
 
-    def changed(self, at_ns: int, *, removed: bool) -> None:
+    def changed(self, at_ns: int, *, removed: bool, ended: int = 0) -> None:
         """It was written, or its name removed."""
         if removed:
             self.removed_ns = max(self.removed_ns, at_ns)
+            self.ended = max(self.ended, ended)
         else:
             self.written_ns = max(self.written_ns, at_ns)
 
@@ -205,15 +208,16 @@ class Index:
         (rows,) = db.execute("SELECT count(*) FROM unsent_outputs").fetchone()
         room = max(0, _UNSENT_OUTPUTS_MAX - rows)
         for path, delta in batch.outputs.items():
-            values = (delta.opens, delta.last_access_ns, delta.written_ns, delta.removed_ns, path)
+            values = (delta.opens, delta.last_access_ns, delta.written_ns, delta.removed_ns, path, delta.ended)
             known = db.execute(
                 "UPDATE unsent_outputs SET opens = opens + ?1, last_access = max(last_access, ?2),"
-                " written = max(written, ?3), removed = max(removed, ?4) WHERE path = ?5",
+                " written = max(written, ?3), removed = max(removed, ?4), ended = max(ended, ?6) WHERE path = ?5",
                 values,
             ).rowcount
             if not known and room:
                 db.execute(
-                    "INSERT INTO unsent_outputs (opens, last_access, written, removed, path) VALUES (?, ?, ?, ?, ?)",
+                    "INSERT INTO unsent_outputs (opens, last_access, written, removed, path, ended)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
                     values,
                 )
                 room -= 1
@@ -238,6 +242,18 @@ class Index:
             (surplus,),
         )
         return rows - surplus, surplus
+
+    def forget_files(self, paths: Iterable[bytes]) -> None:
+        """Keep no history of these files. Raises sqlite3.Error."""
+        with self._write_lock:
+            with self._writer as db:
+                names = [(path,) for path in paths]
+                gone = db.executemany("DELETE FROM files WHERE path = ?", names).rowcount
+                db.execute("CREATE TEMP TABLE IF NOT EXISTS forgotten (path BLOB PRIMARY KEY)")
+                db.executemany("INSERT OR IGNORE INTO forgotten VALUES (?)", names)
+                db.execute("DELETE FROM opens WHERE path IN (SELECT path FROM forgotten)")
+                db.execute("DELETE FROM forgotten")
+            self._file_rows -= gone
 
     def set_pin(self, model: bytes, pinned: bool, at_ns: int) -> bool:
         """Pin or unpin a model; True if that changed anything. Raises sqlite3.Error."""

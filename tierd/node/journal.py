@@ -41,11 +41,15 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """An output was written, or its name removed. `path` is relative to the outputs root."""
+    """An output was written, or its name removed. `path` is relative to the outputs root.
+
+    `ended`: the version of its object that no cold file stands for any more, since the last name of that was removed.
+    """
 
     path: bytes
     at_ns: int
     removed: bool = False
+    ended: int = 0
 
 
 Event = Opened | Closed | Changed

@@ -139,7 +139,7 @@ class Outbox:
             return []
         rows = db.execute(
             "DELETE FROM unsent_outputs WHERE id IN (SELECT id FROM unsent_outputs ORDER BY id LIMIT ?)"
-            " RETURNING path, opens, last_access, written, removed",
+            " RETURNING path, opens, last_access, written, removed, ended",
             (OUTPUTS_MAX,),
         ).fetchall()
         return [
@@ -149,8 +149,9 @@ class Outbox:
                 last_access_ns=max(0, last_access) or None,
                 written_ns=max(0, written) or None,
                 removed_ns=max(0, removed) or None,
+                ended=ended or None,
             )
-            for path, opens, last_access, written, removed in rows
+            for path, opens, last_access, written, removed, ended in rows
         ]
 
     def _take(self, db: sqlite3.Connection, model: bytes, size: int | None) -> ModelAccess | None:

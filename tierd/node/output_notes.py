@@ -7,10 +7,12 @@ Contract: trio thread; never awaits, never raises.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from tierd.node.journal import Changed, Journal
 from tierd.outputs import Output, below, parse
+from tierd.stubs import Origin
 
 
 class OutputNotes:
@@ -25,13 +27,19 @@ class OutputNotes:
         """The file at `path` was closed after something was written to it, or was renamed to there."""
         self._note(path, at_ns, removed=False)
 
-    def removed(self, path: bytes, at_ns: int) -> None:
-        """The name `path` was removed."""
-        self._note(path, at_ns, removed=True)
+    def removed(self, path: bytes, at_ns: int, ended: Origin | None = None) -> None:
+        """The name `path` was removed; `ended` is what a cold file stood for that had its last name there."""
+        self._note(path, at_ns, removed=True, ended=ended)
 
-    def _note(self, path: bytes, at_ns: int, *, removed: bool) -> None:
+    def _note(self, path: bytes, at_ns: int, *, removed: bool, ended: Origin | None = None) -> None:
         within = below(path, self._root) if self._root is not None else None
         if within is None or not isinstance(parse(within), Output):
             return
-        if not self._journal.opened(Changed(within, at_ns, removed)):
+        version = ended.version if ended is not None and _name_of(ended) == path else 0
+        if not self._journal.opened(Changed(within, at_ns, removed, version)):
             self._dropped()
+
+
+def _name_of(origin: Origin) -> bytes:
+    """Where the file was of which the object was made; a cold file may have been renamed since."""
+    return os.fsencode(origin.model_id) + b"/" + origin.path

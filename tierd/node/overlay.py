@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import trio
@@ -28,6 +29,7 @@ from tierd.node.opens import PASSTHROUGH_BYTES_MIN, Opens, owner_of, reads_copy
 from tierd.node.reach import YOUNG_SECONDS, Caller, Entry, of_source
 from tierd.node.recall_bounds import UNKNOWN_USER
 from tierd.node.sources import ACL_NAMES, Change, Changes, Moved, Ref
+from tierd.stubs import Origin
 from tierd.syscalls import RENAME_EXCHANGE
 
 _READDIR_BATCH_MAX = 512
@@ -208,8 +210,9 @@ class Overlay(Opens):
     async def unlink(self, parent_id: int, name: bytes, unique: int = 0) -> None:
         """Remove a name; open descriptors keep the file."""
         parent = self.inodes.get(parent_id)
-        await self._remove(parent_id, name, self.source.unlink, unique)
-        self._note_name(parent, name, removed=True)
+        ended: list[Origin] = []
+        await self._remove(parent_id, name, partial(self.source.unlink, ended=ended.append), unique)
+        self._note_name(parent, name, removed=True, ended=ended[0] if ended else None)
 
     async def rmdir(self, parent_id: int, name: bytes, unique: int = 0) -> None:
         """Remove an empty directory."""
@@ -285,12 +288,15 @@ class Overlay(Opens):
             self._let_go(other)
             await self._tell_of_links(other)
 
-    def _note_name(self, parent: Node, name: bytes, *, removed: bool) -> None:
+    def _note_name(self, parent: Node, name: bytes, *, removed: bool, ended: Origin | None = None) -> None:
         """A name in a directory was removed, or is now that of a file from elsewhere."""
         with suppress(Moved):  # the directory went: so did its names
             above = self.inodes.path(parent)
-            note = self.output_notes.removed if removed else self.output_notes.written
-            note(above + b"/" + name if above else name, self._now_ns())
+            path = above + b"/" + name if above else name
+            if removed:
+                self.output_notes.removed(path, self._now_ns(), ended)
+            else:
+                self.output_notes.written(path, self._now_ns())
 
     # --- directories ---
 

@@ -68,6 +68,12 @@ class Client(Protocol):
     def hget(self, name: str, key: str) -> Any:
         """A field of a hash, None if it is not there."""
 
+    def zrange(self, name: str, start: int, end: int) -> Any:
+        """Members of a sorted set."""
+
+    def get(self, name: str) -> Any:
+        """A value, None if it is not there."""
+
     def pipeline(self, transaction: bool = True) -> Pipeline:
         """Commands that go together."""
 
@@ -87,6 +93,7 @@ class Exchange:
         *,
         version: str,
         wishes: Wishes | None = None,
+        forget: Callable[[Client], tuple[int, ...]] = lambda client: (),
         clock: Callable[[], float] = time.monotonic,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -95,8 +102,11 @@ class Exchange:
         self._connect = connect
         self._version = version
         self.wishes = wishes if wishes is not None else Wishes()
+        self._forget = forget
         self._clock = clock
         self._now_ns = now_ns
+        self._erased: tuple[int, ...] = ()
+        """Erasures of whose outputs nothing is here."""
         self._client: Client | None = None
         self._sent: dict[int, tuple[float, int]] = {}
         """By sequence, when a batch was sent last, and how often. Only batches of the outbox are in it."""
@@ -115,6 +125,7 @@ class Exchange:
         answer = self._client.hget(applied_key(self.node_id), str(outbox.boot))
         if answer is not None:
             self.acknowledged += outbox.acknowledge(_sequence(answer))
+        self._erased = self._forget(self._client)
         return outbox.unsent()
 
     def send(self, sizes: Mapping[bytes, int | None], leases: Collection[bytes] | None) -> None:
@@ -174,7 +185,7 @@ class Exchange:
             names = tuple(sorted(name for model in leases if (name := model_id_of(model)) is not None))
         if names is not None and len(names) > LEASES_MAX:
             names = None
-        return self._message(oldest, report=OpenReport(leases=names))
+        return self._message(oldest, report=OpenReport(leases=names, erased=self._erased))
 
     def _message(self, oldest: int, *, batch: NumberedBatch | None = None, report: OpenReport | None = None) -> Message:
         return Message(

@@ -16,6 +16,8 @@ from tierd import __version__
 from tierd.config import MountSettings, read_secret
 from tierd.metrics import PublishMetrics
 from tierd.node.catalog import files_of
+from tierd.node.cold_bytes import ColdBytes
+from tierd.node.forgetting import Forgetting
 from tierd.node.handles import FileHandle
 from tierd.node.index import Index
 from tierd.node.inodes import Node
@@ -24,8 +26,10 @@ from tierd.node.open_models import OpenModels
 from tierd.node.outbox import Outbox
 from tierd.node.overlay import Overlay
 from tierd.node.publish import Client, Exchange, Publisher
+from tierd.node.store import Store
 from tierd.node.wishes import Wishes
 from tierd.redis_options import address, redis_options
+from tierd.stubs import Origin
 from tierd.units import model_of
 
 _SIZE_AGE_SECONDS: Final = 300.0
@@ -53,8 +57,11 @@ def publisher_of(
     registry: CollectorRegistry,
     overlay: Callable[[], Overlay],
     is_model_dir: Callable[[bytes], bool],
+    store: Store | None,
+    cold: ColdBytes | None,
 ) -> Publisher:
-    """The publisher of a daemon. Connects to nothing yet; `overlay` is asked once it runs."""
+    """The publisher of a daemon. Connects to nothing yet; `overlay` is asked once it runs. `store`, `cold`: what the
+    node may have of outputs that are deleted."""
     assert settings.redis is not None, "nobody is told"
     url = settings.redis.get_secret_value()
 
@@ -68,6 +75,10 @@ def publisher_of(
     def path_of(node: Node) -> bytes:
         return overlay().inodes.path(node)
 
+    def cold_open() -> list[Origin]:
+        handles = list(overlay().files.values())
+        return [handle.origin for handle in handles if handle.origin is not None]
+
     metrics = PublishMetrics(registry)
     publisher = Publisher(
         Exchange(
@@ -76,6 +87,7 @@ def publisher_of(
             node_id(settings),
             version=__version__,
             wishes=Wishes(model_of_path),
+            forget=Forgetting(index, store, cold, cold_open).round,
         ),
         metrics,
         address=address(url),

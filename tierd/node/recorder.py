@@ -144,7 +144,8 @@ class Recorder:
 
     def _add(self, batch: Batch, event: Event) -> None:
         if isinstance(event, Changed):
-            batch.outputs.setdefault(event.path, OutputDelta()).changed(event.at_ns, removed=event.removed)
+            entry_of_output = batch.outputs.setdefault(event.path, OutputDelta())
+            entry_of_output.changed(event.at_ns, removed=event.removed, ended=event.ended)
             return
         if isinstance(event, Opened):
             self._add_output(batch, event)

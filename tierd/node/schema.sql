@@ -63,7 +63,8 @@ CREATE TABLE IF NOT EXISTS unsent_outputs (     -- what happened to outputs sinc
     opens          INTEGER NOT NULL,
     last_access    INTEGER NOT NULL,
     written        INTEGER NOT NULL,            -- closed after something was written, or renamed to there
-    removed        INTEGER NOT NULL             -- its name was removed
+    removed        INTEGER NOT NULL,            -- its name was removed
+    ended          INTEGER NOT NULL DEFAULT 0   -- version of the object that nothing stands for since; 0: none
 );
 
 CREATE TABLE IF NOT EXISTS unacknowledged_outputs ( -- of the batch with that number
