@@ -224,7 +224,7 @@ WHERE user_id = $1 AND filename = ANY ($2::text[])
 """
 
 DROP_FAULTS: Final = """
-DELETE FROM output_faults WHERE directory = $1 AND seen_at < $2 AND NOT starts_with(reason, 'its UUID')
+DELETE FROM output_faults WHERE directory = ANY ($1::bytea[]) AND seen_at < $2 AND NOT starts_with(reason, 'its UUID')
 """
 
 ADD_FAULTS: Final = """
