@@ -1,10 +1,12 @@
-"""Commands for generated outputs: `tierd outputs`. They show what the controller's books say, and fetch a copy.
+"""Commands for generated outputs: `tierd outputs`. They show what the controller's books say, fetch a copy,
+and have files put back.
 
 What they need is imported when they run: a node daemon shall not carry the controller's libraries.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from datetime import datetime
 from pathlib import Path
@@ -15,16 +17,21 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from tierd import log
 from tierd.cli_controller import Config, Postgres, settings_of
 from tierd.cli_jobs import with_connection
 from tierd.cli_output_delete import delete_outputs
-from tierd.console import AsJson, human_bytes, out, print_json, printable, say
-from tierd.errors import UsageError
+from tierd.console import AsJson, err, human_bytes, out, print_json, printable, say
+from tierd.errors import DatabaseError, UsageError
 
 if TYPE_CHECKING:
+    from tierd.controller.job_runs import Run
     from tierd.controller.output_books import Standing
+    from tierd.controller.output_restore import Wish
+    from tierd.controller.settings import ControllerSettings
     from tierd.postgres import Connection
 
+_DAY = "%Y-%m-%d"
 _Tier = Literal["hot", "cold", "unbacked", "vanished"]
 _outputs = typer.Typer(
     help="Look at generated outputs: which there are, how they stand, what is left alone.\n\n"
@@ -129,6 +136,71 @@ def get_output(
     finally:
         store.close()
     say(out, f"{target}: {human_bytes(backup.stored.size)}, SHA-256 {backup.stored.sha256}")
+
+
+@_outputs.command("restore")
+def restore_outputs(
+    output: Annotated[list[UUID] | None, typer.Argument(metavar="[OUTPUT]...", help="Their UUIDs.")] = None,
+    config: Config = None,
+    postgres: Postgres = None,
+    user: Annotated[str | None, typer.Option(help="Those of this user.")] = None,
+    first: Annotated[datetime | None, typer.Option("--from", formats=[_DAY], help="Of this day and later.")] = None,
+    last: Annotated[datetime | None, typer.Option("--to", formats=[_DAY], help="Of this day and earlier.")] = None,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Read files that are there, too, and replace damaged ones.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would do, and change nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put outputs back into the hot tier from their backup, where the file was lost beside the overlay.
+
+    A file that is there is never replaced, but with --damaged one that has other bytes although its time is that of
+    the backup. What is cold is not lost, and what its user removed stays removed. Exit 1 if one could not be restored.
+    """
+    from tierd.controller.output_restore import Wish
+
+    if not output and user is None and first is None and last is None:
+        raise UsageError("which outputs?", hint="name UUIDs, or --user, --from, --to")
+    first_day, last_day = (f"{day:%Y/%m/%d}" if day is not None else None for day in (first, last))
+    wish = Wish(output or None, user, first_day, last_day, damaged, dry_run)
+    counts, left_alone = asyncio.run(_restored(wish, settings_of(postgres, config)))
+    if as_json:
+        print_json({"dry_run": dry_run, "counts": counts, "left_alone": left_alone})
+    else:
+        told = [f"{count} {what}" for what, count in sorted(counts.items())]
+        say(out, ("dry run: " if dry_run else "") + (", ".join(told) or "there are no such outputs"))
+        for one in left_alone:
+            say(out, printable(f"{one['output_id']}: {one['why']}" + (f": {one['reason']}" if one["reason"] else "")))
+    if counts.get("failed"):
+        raise DatabaseError(f"{counts['failed']} outputs were not restored", hint="the reasons are above; try again")
+
+
+async def _restored(wish: Wish, settings: ControllerSettings) -> tuple[dict[str, int], list[dict[str, str]]]:
+    """Have it done by whoever leads, or here. Raises UsageError, DatabaseError."""
+    from tierd import postgres
+    from tierd.controller import migrate, output_restore
+    from tierd.controller.job_names import RESTORE_OUTPUTS
+    from tierd.controller.oneshot import run_job
+    from tierd.controller.registry import JOBS
+    from tierd.controller.workplace import holder
+
+    log.configure("warning", settings.log_format)
+    async with postgres.connected(settings) as connection:
+        await migrate.require_current(connection)
+        number = await output_restore.ask(connection, wish, holder())
+        try:
+            with err.status("restore") as status:
+
+                def tell(run: Run) -> None:
+                    status.update(f"restore: {printable(run.progress) or run.state}")
+
+                run = await run_job(settings, os.environ, JOBS[RESTORE_OUTPUTS], dry_run=False, tell=tell)
+            answer = await output_restore.answer_to(connection, number)
+        finally:
+            await output_restore.withdraw(connection, number)
+    if answer is None:
+        raise DatabaseError(f"{RESTORE_OUTPUTS} {run.state}: {run.result}", hint="`tierd job list` shows all runs")
+    return answer
 
 
 def _iso(at: datetime | None) -> str | None:

@@ -37,6 +37,22 @@ class OutputMetrics:
         self._failed = Counter(
             "tierd_output_backups_failed", "Copies that failed, to be tried again.", registry=registry
         )
+        self._compressed = Counter(
+            "tierd_output_compressions", "Images packed anew whose original was deleted.", registry=registry
+        )
+        self._saved = Counter(
+            "tierd_output_compression_saved_bytes", "Bytes that are no longer stored since.", registry=registry
+        )
+        self._restored = Counter("tierd_outputs_restored", "Outputs put back from their backup.", registry=registry)
+
+    def compressed(self, saved_bytes: int) -> None:
+        """The original of a compressed image was deleted."""
+        self._compressed.inc()
+        self._saved.inc(saved_bytes)
+
+    def restored(self) -> None:
+        """An output was put back."""
+        self._restored.inc()
 
     def backed_up(self, seconds: float) -> None:
         """A copy was compared, so long after its output was told of."""

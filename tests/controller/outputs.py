@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from uuid import uuid4
 from prometheus_client import CollectorRegistry
 
 from tests.controller.house import connected, settings_for
+from tests.controller.moving import stub_path
 from tierd.controller import output_books
 from tierd.controller.carrier import Carrier
 from tierd.controller.hot_tree import HotTree
@@ -32,8 +34,11 @@ from tierd.controller.statistics_plan import OutputSum
 from tierd.controller.work import Work
 from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.directory import DirectoryStore
+from tierd.objects.keys import object_key
+from tierd.objects.store import Stored
 from tierd.output_metrics import OutputMetrics
 from tierd.postgres import Database
+from tierd.stub_files import is_cold, read_origins
 
 BUCKET = "generated-outputs"
 DAY = "user123/2026/01/12"
@@ -79,6 +84,12 @@ class House:
         async with connected(self.dsn) as connection:
             return [tuple(row) for row in await connection.fetch(query, *values)]
 
+    def meanwhile(self, query: str) -> None:
+        """A statement of somebody else, from within whatever runs."""
+        thread = threading.Thread(target=lambda: asyncio.run(self.rows(f"{query} RETURNING 1")))
+        thread.start()
+        thread.join()
+
     @asynccontextmanager
     async def leading(
         self, at: Callable[[str], None] = lambda effect: None, settle: float = 0.0, **more: Any
@@ -103,18 +114,9 @@ class House:
             metrics = ControllerMetrics(CollectorRegistry(), JOB_HELP)
             source = self.root / "source"
             work = Work(
-                *(
-                    told,
-                    database,
-                    epoch,
-                    source,
-                    moves,
-                    carrier,
-                    metrics,
-                    self.store,
-                    ContextMetrics(CollectorRegistry()),
-                ),
-                *(files, backup, self.metrics, output_work_of(told, moves, files)),
+                *(told, database, epoch, source, moves, carrier, metrics),
+                *(self.store, ContextMetrics(CollectorRegistry()), files, backup, self.metrics),
+                output_work_of(told, moves, files),
             )
             try:
                 yield Leader(work)
@@ -164,3 +166,22 @@ async def nobody(_: str) -> None:
 def sha(content: bytes) -> str:
     """The SHA-256 of bytes, in hex."""
     return hashlib.sha256(content).hexdigest()
+
+
+def read(house: House, path: str) -> bytes | None:
+    """An output as the overlay has it: hot wins, else what its stub stands for; None if it is not there."""
+    file = house.outputs / path
+    if file.exists():
+        return file.read_bytes()
+    stub = stub_path(file)
+    if not stub.exists() or not is_cold(stub.stat()):
+        return stub.read_bytes() if stub.exists() else None
+    fd = os.open(file.parent / ".tierd/origins", os.O_RDONLY)
+    try:
+        origin = read_origins(fd)[stub.stat().st_ino]
+    finally:
+        os.close(fd)
+    content = bytearray(origin.size)
+    key = object_key(origin.model_id, origin.version, origin.path)
+    house.store.get_range(BUCKET, key, Stored(origin.size, origin.sha256), 0, memoryview(content))
+    return bytes(content)

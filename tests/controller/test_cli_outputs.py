@@ -42,7 +42,7 @@ def house(tmp_path: Path, schema: str) -> House:
 def outputs(house: House, *words: str) -> subprocess.CompletedProcess[str]:
     """A command, with the settings of the house."""
     return tierd(
-        "outputs", *words, TIERDCTL_POSTGRES=house.dsn, TIERDCTL_OBJECTS=str(house.root / "objects")
+        *("outputs", *words), TIERDCTL_POSTGRES=house.dsn, TIERDCTL_OBJECTS=str(house.root / "objects"), COLUMNS="200"
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from tests.controller.house import connected
 from tests.controller.moving import stub_path
 from tests.controller.outputs import BUCKET, DAY, House, Killed, Leader
 from tests.controller.test_output_moves import end_grace, known, read, trash
+from tests.objects.servers import Files
 from tests.servers import run
 from tierd.controller import output_deletion
 from tierd.controller.leader import NotLeaderError
@@ -600,3 +601,39 @@ def test_a_deletion_killed_between_any_two_steps_ends(house: House, where: str) 
                 raise
 
     run(main(), seconds=300)
+
+
+def test_one_that_is_restored_while_its_deletion_is_planned_goes_too(house: House) -> None:
+    path = house.make(content=b"content")
+
+    async def main() -> None:
+        def restore(effect: str) -> None:
+            if effect == "begin bury" and not (house.outputs / path).exists():
+                house.write(path, b"content")
+                house.meanwhile("UPDATE generated_outputs SET news = news + 1")
+
+        async with house.leading(restore) as leader:
+            await known(leader)
+            (house.outputs / path).unlink()
+            await ask(house, path)
+            await work(leader)
+            assert await house.rows(ROWS) == [(0,)]
+
+    run(main())
+    assert files(house) == []
+
+
+def test_all_versions_of_a_compressed_one_go(house: House) -> None:
+    path = house.make(content=b"content")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await demoted(house, leader, grace_over=True)
+            await house.rows("UPDATE generated_outputs SET reserved = 2 RETURNING 1")
+            Files(house.root / "objects").put(BUCKET, objects(house)[0].replace("/v1/", "/v2/"), b"packed")
+            assert len(objects(house)) == 2
+            await ask(house, path)
+            await work(leader)
+
+    run(main())
+    assert objects(house) == []

@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 import pytest
 from structlog.testing import capture_logs
 
 from tests.controller.moving import stub_path
-from tests.controller.outputs import BUCKET, DAY, House, Killed, Leader
+from tests.controller.outputs import BUCKET, DAY, House, Leader, read
 from tests.servers import run
 from tierd.controller import candidates
 from tierd.controller.output_moves import Day
 from tierd.objects.keys import object_key
-from tierd.objects.store import Stored
-from tierd.stub_files import is_cold, read_origins
 
 TIERS = "SELECT hot_storage, cold_storage, count(*) FROM generated_outputs GROUP BY 1, 2 ORDER BY 1"
 SUBJECT = f"outputs/{DAY}"
-
-
-def read(house: House, path: str) -> bytes | None:
-    """An output as the overlay has it: hot wins, else what its stub stands for; None if it is not there."""
-    file = house.outputs / path
-    if file.exists():
-        return file.read_bytes()
-    stub = stub_path(file)
-    if not stub.exists() or not is_cold(stub.stat()):
-        return stub.read_bytes() if stub.exists() else None
-    fd = os.open(file.parent / ".tierd/origins", os.O_RDONLY)
-    try:
-        origin = read_origins(fd)[stub.stat().st_ino]
-    finally:
-        os.close(fd)
-    content = bytearray(origin.size)
-    key = object_key(origin.model_id, origin.version, origin.path)
-    house.store.get_range(BUCKET, key, Stored(origin.size, origin.sha256), 0, memoryview(content))
-    return bytes(content)
 
 
 def trash(house: House) -> list[Path]:
@@ -242,74 +219,3 @@ def test_a_move_that_was_given_up_loses_no_objects(house: House) -> None:
 
     run(main())
     assert house.object(path) == b"png"
-
-
-def effects_of_a_move(house: House) -> list[str]:
-    """All effects, in their order, of one demotion from its plan to its end."""
-    told: list[str] = []
-
-    async def main() -> None:
-        house.make(content=os.urandom(100))
-        async with house.leading(told.append) as leader:
-            await known(leader)
-            told.clear()
-            await whole_move(house, leader)
-
-    run(main())
-    return told
-
-
-async def whole_move(house: House, leader: Leader) -> None:
-    await leader.clean_up()
-    await end_grace(house)
-    await leader.work.moves.resume_all()
-    await leader.back_up()
-
-
-def test_a_move_killed_at_every_step_loses_nothing_and_ends(house: House) -> None:
-    steps = len(effects_of_a_move(house))
-    assert steps > 20
-    created = run(house.rows("SELECT output_id, created_at FROM generated_outputs"))
-
-    async def one(number: int) -> None:
-        day = f"user{number}/2026/01/12"
-        content = os.urandom(100)
-        path = house.make(day, content=content, name=str(uuid4()))
-        count = 0
-
-        def at(_: str) -> None:
-            nonlocal count
-            assert read(house, path) == content, "at each moment it is there"
-            if armed:
-                count += 1
-                if count > number:
-                    raise Killed
-
-        armed = False
-        async with house.leading(at) as leader:
-            await known(leader)
-        with capture_logs():
-            try:
-                async with house.leading(at) as leader:
-                    armed = True
-                    await whole_move(house, leader)
-            except (Killed, BaseExceptionGroup):
-                pass
-        armed = False
-        async with house.leading(at) as leader:
-            await leader.work.moves.resume_all()
-            await whole_move(house, leader)
-        assert read(house, path) == content
-        assert not (house.outputs / path).exists()
-        row: list[Any] = await house.rows(
-            "SELECT hot_storage, cold_storage, version FROM generated_outputs WHERE user_id = $1", f"user{number}"
-        )
-        assert row == [(False, True, 1)], number
-
-    async def main() -> None:
-        for number in range(steps):
-            await one(number)
-
-    run(main(), seconds=600)
-    assert trash(house) == []
-    assert created[0] in run(house.rows("SELECT output_id, created_at FROM generated_outputs"))

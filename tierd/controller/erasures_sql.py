@@ -59,14 +59,14 @@ SELECT EXISTS (SELECT FROM generated_outputs WHERE user_id = $1 AND output_id = 
 
 # Of one day, the first that there is. What was made after somebody asked is none of it.
 OF_WISH: Final = """
-SELECT o.output_id, o.user_id, o.filename FROM generated_outputs o JOIN output_delete_wishes w ON w.id = $1
+SELECT o.output_id, o.user_id, o.filename, o.news FROM generated_outputs o JOIN output_delete_wishes w ON w.id = $1
 WHERE o.user_id = w.user_id AND (w.output_id IS NULL OR o.output_id = w.output_id) AND o.created_at <= w.requested_at
 ORDER BY o.filename COLLATE "C" LIMIT $2
 """
 
 # A node told that the name was removed, and somebody looked since: nothing is there.
 REMOVED: Final = """
-SELECT output_id, user_id, filename FROM generated_outputs
+SELECT output_id, user_id, filename, news FROM generated_outputs
 WHERE removed_at IS NOT NULL AND vanished_at IS NOT NULL AND pending_since IS NULL
 ORDER BY user_id, filename COLLATE "C" LIMIT $1
 """
@@ -81,20 +81,21 @@ def _was(column: str) -> str:
     return f"CASE WHEN $8 THEN NULL WHEN g.inode IS NULL THEN o.{column} ELSE g.{column} END"
 
 
+# Not one of which there are news since somebody looked: a restore may have put it back. He looks again.
 # $8: removed by somebody who did not ask for the objects: of those some may be needed elsewhere.
 BURY: Final = f"""
 WITH given AS (
-    SELECT * FROM unnest($2::uuid[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[])
-         AS g (output_id, inode, size_bytes, mtime_ns, ctime_ns, stub_inode)
+    SELECT * FROM unnest($2::uuid[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $9::bigint[])
+         AS g (output_id, inode, size_bytes, mtime_ns, ctime_ns, stub_inode, news)
 ), gone AS (
     DELETE FROM generated_outputs o USING given g
-    WHERE o.output_id = g.output_id
+    WHERE o.output_id = g.output_id AND o.news = g.news
       AND (NOT $8 OR o.removed_at IS NOT NULL AND o.vanished_at IS NOT NULL AND o.pending_since IS NULL)
     RETURNING o.*
 )
 INSERT INTO output_tombstones (erasure_id, output_id, user_id, filename, version, keep, inode, size_bytes, mtime_ns,
                                ctime_ns, stub_inode)
-SELECT $1, g.output_id, o.user_id, o.filename, o.version,
+SELECT $1, g.output_id, o.user_id, o.filename, greatest(o.version, o.reserved),
        CASE WHEN $8 THEN array_remove(o.loose || o.stub_version, NULL) ELSE '{{}}' END,
        {_was("inode")}, {_was("size_bytes")}, {_was("mtime_ns")}, {_was("ctime_ns")}, g.stub_inode
 FROM gone o JOIN given g USING (output_id)

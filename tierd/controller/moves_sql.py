@@ -143,7 +143,8 @@ SELECT id, state FROM moves WHERE subject = $1 AND kind = 'demote' ORDER BY id D
 """
 
 # Nothing was switched in these, so no stub stands for any of their objects; and there were none when they began: a
-# database that is older than the store gives versions out again. Those of outputs are their backup. Bounded: the rest goes next time.
+# database that is older than the store gives versions out again. Those of outputs are their backup. Bounded: the rest
+# goes next time.
 WASTED_VERSIONS: Final = """
 SELECT id, subject, version FROM moves m
 WHERE kind = 'demote' AND state IN ('abandoned', 'failed') AND version > 0

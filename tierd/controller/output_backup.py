@@ -76,6 +76,11 @@ class OutputBackup:
         self._bucket_is_there = False
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="output")
 
+    @property
+    def bucket(self) -> str:
+        """Where copies go."""
+        return self._settings.bucket
+
     def close(self) -> None:
         """Waits for what runs."""
         self._pool.shutdown()

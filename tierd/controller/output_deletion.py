@@ -132,10 +132,10 @@ class OutputDeletion:
         look = ErasureFiles(self._shop.tree, directory, 0, self._shop.at).look
         found: list[Standing] = await self._shop.run(look, names)
         async with self._shop.fenced("bury", None) as fence:
-            return await self._bury_rows(fence, wish, (user, date), [row["output_id"] for row in of_day], found)
+            return await self._bury_rows(fence, wish, (user, date), of_day, found)
 
     async def _bury_rows(
-        self, fence: Fence, wish: int | None, day: tuple[str, str], ids: Sequence[UUID], found: Sequence[Standing]
+        self, fence: Fence, wish: int | None, day: tuple[str, str], rows: Sequence[Any], found: Sequence[Standing]
     ) -> int:
         connection = fence.connection
         erasure = await connection.fetchval(sql.ADD_ERASURE, wish, *day, self._shop.books.epoch)
@@ -143,13 +143,14 @@ class OutputDeletion:
         buried = await connection.fetch(
             sql.BURY,
             erasure,
-            ids,
+            [row["output_id"] for row in rows],
             [None if one is None else signed(one.inode) for one in hot],
             [None if one is None else one.size for one in hot],
             [None if one is None else one.mtime_ns for one in hot],
             [None if one is None else one.ctime_ns for one in hot],
             [None if one.stub is None else signed(one.stub) for one in found],
             wish is None,
+            [row["news"] for row in rows],
         )
         if not buried:
             await connection.execute(sql.DROP, erasure)

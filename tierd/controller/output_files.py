@@ -173,13 +173,18 @@ class OutputFiles:
             return None
         return one, version_of(st)
 
-    def missing(self, paths: list[bytes]) -> list[bytes]:
-        """Those of which there is no file in its place."""
-        return [path for path in paths if self.find(path).hot is None]
+    def missing(self, day: bytes, names: Sequence[bytes]) -> list[bytes]:
+        """Those names of a day that no file has."""
+        with self.tree.directory_if_there(joined(self.root, day)) as fd:
+            return [name for name in names if fd is None or not _is_file(stat_of(fd, name))]
+
+
+def _is_file(st: os.stat_result | None) -> bool:
+    return st is not None and stat.S_ISREG(st.st_mode)
 
 
 def _may_leave(st: os.stat_result | None) -> bool:
-    return st is not None and stat.S_ISREG(st.st_mode) and st.st_nlink == 1 and not st.st_mode & COLD_MARK
+    return st is not None and _is_file(st) and st.st_nlink == 1 and not st.st_mode & COLD_MARK
 
 
 def version_of(st: os.stat_result) -> FileVersion:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from tierd.controller import output_restore
 from tierd.controller.jobs import Context, Outcome
+from tierd.controller.output_restore import OutputRestores
 from tierd.controller.output_scan import OutputScan
 
 
@@ -23,3 +25,18 @@ async def scan_outputs(context: Context) -> Outcome:
         return Outcome("failed", found.problem, counts)
     unknown = "not counted" if context.dry_run else f"{found.new} were not known"
     return Outcome("done", f"read {found.read} of {found.days} directories of outputs, {unknown}", counts)
+
+
+async def restore_outputs(context: Context) -> Outcome:
+    """The job restore-outputs."""
+    work = context.work
+    if context.dry_run:
+        async with work.database.connection() as connection:
+            asked = await output_restore.count_asked(connection)
+        return Outcome("done", f"would carry out {asked} restores", {"asked": asked})
+    restores = OutputRestores(
+        *(work.database, work.epoch, work.output_files, work.store, work.output_backup.bucket, work.output_metrics)
+    )
+    counts = await restores.all(context.tell)
+    told = ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "nothing was asked for"
+    return Outcome("failed" if counts["failed"] else "done", told, counts)

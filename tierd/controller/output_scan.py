@@ -8,7 +8,7 @@ look, never deleted: a source that is not mounted looks like that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Final, NamedTuple
@@ -21,7 +21,7 @@ from tierd.controller.output_books import signed
 from tierd.controller.output_files import BATCH_FILES, Day, Faults, OutputFiles
 from tierd.objects.keys import shown
 from tierd.outputs import Fault, day_of
-from tierd.postgres import Database
+from tierd.postgres import Connection, Database
 
 log = structlog.get_logger(__name__)
 
@@ -84,9 +84,9 @@ class OutputScan:
     async def _note_foreign(self, foreign: list[Faults], started: datetime) -> None:
         told = foreign[:]
         foreign.clear()
-        if not self._dry_run:
-            for faults in told:
-                await self._set_faults(faults, started)
+        if told and not self._dry_run:
+            async with self._database.transaction() as connection:
+                await _set_faults(connection, told, started)
 
     async def _look_at(self, chunk: list[Day]) -> None:
         names = [day.directory for day in chunk]
@@ -119,8 +119,8 @@ class OutputScan:
         if self._dry_run:
             return
         await self._miss(day.directory)
-        await self._set_faults(faults, began)
         async with self._database.transaction() as connection:
+            await _set_faults(connection, [faults], began)
             mtime_ns = day.mtime_ns if _is_settled(day.directory, latest_ns, began) else -1
             await connection.execute(sql.SET_DAY, day.directory, signed(day.inode), mtime_ns, faults.total)
 
@@ -138,18 +138,12 @@ class OutputScan:
                 return
             names = [row["filename"] for row in rows]
             after = names[-1]
-            paths = {f"{found[0]}/{name}".encode(): name for name in names}
-            missing = [paths[path] for path in await asyncio.to_thread(self._files.missing, list(paths))]
-            if missing:
+            leaves = {name.rpartition("/")[2].encode(): name for name in names}
+            gone = await asyncio.to_thread(self._files.missing, directory, list(leaves))
+            if gone:
+                missing = [leaves[leaf] for leaf in gone]
                 async with self._database.transaction() as connection:
                     await connection.execute(sql.MISSED, found[0], missing)
-
-    async def _set_faults(self, faults: Faults, began: datetime) -> None:
-        async with self._database.transaction() as connection:
-            if faults.named:
-                values = list(faults.named), faults.directory, list(faults.named.values())
-                await connection.execute(sql.ADD_FAULTS, *values)
-            await connection.execute(sql.DROP_FAULTS, faults.directory, began)
 
     async def _gone(self, started: datetime) -> tuple[int, str]:
         """Directories that the scan did not meet: what the books have in them is looked at. How many there are."""
@@ -171,6 +165,15 @@ class OutputScan:
             async with self._database.transaction() as connection:
                 await connection.execute(sql.DROP_DAYS, names)
         return gone, ""
+
+
+async def _set_faults(connection: Connection, told: Sequence[Faults], began: datetime) -> None:
+    """What is left alone in some directories, and nothing else that was there before."""
+    for faults in told:
+        if faults.named:
+            values = list(faults.named), faults.directory, list(faults.named.values())
+            await connection.execute(sql.ADD_FAULTS, *values)
+    await connection.execute(sql.DROP_FAULTS, [faults.directory for faults in told], began)
 
 
 def _is_settled(directory: bytes, latest_ns: int, now: datetime) -> bool:

@@ -87,8 +87,8 @@ ORDER BY try_at LIMIT $1
 # The version is taken before the first byte is stored: no version is ever used for two contents.
 BEGIN_COPY: Final = """
 UPDATE generated_outputs
-SET version = version + 1, cold_storage = false, sha256 = NULL, hot_storage = true, vanished_at = NULL,
-    size_bytes = $3, inode = $4, mtime_ns = $5, ctime_ns = $6,
+SET version = greatest(version, reserved) + 1, cold_storage = false, sha256 = NULL, hot_storage = true,
+    vanished_at = NULL, size_bytes = $3, inode = $4, mtime_ns = $5, ctime_ns = $6,
     hot_since = CASE WHEN cold_storage OR NOT hot_storage THEN now() ELSE hot_since END,
     removed_at = NULL, stub_version = CASE WHEN stub_inode = $4 THEN NULL ELSE stub_version END
 WHERE output_id = $1 AND news = $2
@@ -224,7 +224,7 @@ WHERE user_id = $1 AND filename = ANY ($2::text[])
 """
 
 DROP_FAULTS: Final = """
-DELETE FROM output_faults WHERE directory = $1 AND seen_at < $2 AND NOT starts_with(reason, 'its UUID')
+DELETE FROM output_faults WHERE directory = ANY ($1::bytea[]) AND seen_at < $2 AND NOT starts_with(reason, 'its UUID')
 """
 
 ADD_FAULTS: Final = """

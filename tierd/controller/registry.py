@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from tierd.controller import cleanup, context_jobs, output_cleanup, output_jobs
+from tierd.controller import cleanup, context_jobs, output_cleanup, output_compress, output_jobs
 from tierd.controller.job_names import (
     ARCHIVE_OLD_CONTEXTS,
     CLEANUP_OLD_OUTPUTS,
     CLEANUP_UNUSED_MODELS,
+    COMPRESS_OLD_OUTPUTS,
     PURGE_EXPIRED_CONTEXTS,
+    RESTORE_OUTPUTS,
     SCAN_CATALOGUE,
     SCAN_OUTPUTS,
 )
@@ -22,6 +24,8 @@ JOBS: Final = {
         Job(SCAN_CATALOGUE, lambda _: None, cleanup.scan_catalogue),
         Job(CLEANUP_OLD_OUTPUTS, lambda settings: settings.outputs_cleanup_at, output_cleanup.cleanup_old_outputs),
         Job(SCAN_OUTPUTS, lambda settings: settings.outputs_scan_at, output_jobs.scan_outputs),
+        Job(COMPRESS_OLD_OUTPUTS, lambda settings: settings.outputs_compress_at, output_compress.compress_old_outputs),
+        Job(RESTORE_OUTPUTS, lambda _: None, output_jobs.restore_outputs),
         Job(ARCHIVE_OLD_CONTEXTS, lambda settings: settings.archive_at, context_jobs.archive_contexts),
         Job(PURGE_EXPIRED_CONTEXTS, lambda settings: settings.purge_contexts_at, context_jobs.purge_contexts),
     )
