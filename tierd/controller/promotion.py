@@ -12,7 +12,6 @@ import threading
 
 from tierd.controller import catalogue, catalogue_scan, cold_tree
 from tierd.controller import moves_sql as sql
-from tierd.postgres import Connection
 from tierd.controller.move_books import Catalogued, Move, add_move, lock_model, refuse_if_moving, set_state
 from tierd.controller.move_file import NotCold
 from tierd.controller.move_workshop import Workshop
@@ -20,6 +19,7 @@ from tierd.controller.promote import Need, Promotion
 from tierd.controller.returning import manifest_name
 from tierd.controller.steps import MoveKind, MoveState
 from tierd.objects.keys import shown, validate_model_id
+from tierd.postgres import Connection
 from tierd.recall import fetch_from
 
 _TELL_SECONDS = 1.0
