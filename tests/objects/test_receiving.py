@@ -79,6 +79,9 @@ def test_what_is_left_of_an_answer_is_not_taken_for_the_next_one() -> None:
         incoming.fill(memoryview(bytearray(4)), lambda size: None)
         with pytest.raises(Broken, match="4 bytes were taken of 10"):
             incoming.end()
+        incoming.fill(memoryview(bytearray(6)), lambda size: None)
+        incoming.end()
+        assert response.closed, "which gives the connection free"
 
 
 def test_a_connection_serves_one_request_after_the_other(tmp_path: Path) -> None:

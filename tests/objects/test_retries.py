@@ -119,6 +119,30 @@ def test_it_gives_up_after_so_many_tries() -> None:
     assert not raised.value.refused
 
 
+@pytest.mark.parametrize(
+    ("positions", "schedule", "asked"),
+    [
+        ([0, 0, 1, 1, 1], {"attempts_max": 3, "total_s": 1000.0}, 5),
+        ([1, 2, 3, 4, 4, 4], {"attempts_max": 100, "total_s": 10.0}, 6),
+    ],
+)
+def test_tries_and_their_time_are_counted_anew_after_each_step(
+    positions: list[int], schedule: dict[str, Any], asked: int
+) -> None:
+    """A long request over a bad network would be given up although it gets on; one that stands still is."""
+    clock = Clock()
+    reached: list[int] = [0]
+
+    def one_try() -> str:
+        reached.append(positions[len(reached) - 1])
+        clock.now += 7.0
+        raise ConnectionResetError
+
+    with pytest.raises(ObjectStoreUnavailable, match="broke off"):
+        attempts(clock, **schedule).run(PLACE, one_try, lambda: reached[-1])
+    assert len(reached) - 1 == asked
+
+
 def test_what_is_no_fault_of_the_store_is_not_tried_again() -> None:
     clock = Clock()
     with pytest.raises(ZeroDivisionError):

@@ -6,7 +6,6 @@ caller's own file would be taken for faults of the network.
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 import time
@@ -39,17 +38,23 @@ class Attempts:
         self.repeated = 0
         """Tries after the first one, of all requests together."""
 
-    def run(self, place: Place, request: Callable[[], Answer]) -> Answer:
-        """The answer. Raises ObjectError, or what is no fault of the store's."""
-        began = self._clock()
+    def run(self, place: Place, request: Callable[[], Answer], position: Callable[[], int] = lambda: 0) -> Answer:
+        """The answer. Raises ObjectError, or what is no fault of the store's.
+
+        Tries and their time are counted anew whenever one has moved `position`: what came need not come again.
+        """
+        began, at, failures = self._clock(), position(), 0
         try:
-            for failures in itertools.count(1):
+            while True:
                 if self._stopping.is_set():
                     raise Stopping
                 try:
                     return request()
                 except FAULTS as error:
                     fault = explain(error)
+                if position() != at:
+                    began, at, failures = self._clock(), position(), 0
+                failures += 1
                 elapsed_s = self._clock() - began
                 delay_s = self._schedule.delay_s(failures, elapsed_s, self._draw()) if fault.again else None
                 if delay_s is None:
@@ -59,4 +64,3 @@ class Attempts:
                 self._stopping.wait(delay_s)
         except Stopping:
             raise ObjectStoreUnavailable(place, "tierd stops using it", hint="start it again") from None
-        raise AssertionError("the schedule never ends")

@@ -166,7 +166,7 @@ class Download:
                     at = chunk.end
 
         try:
-            self._transport.call(place, one_try)
+            self._transport.call(place, one_try, lambda: at)
         except _OwnFault as fault:
             raise fault.error from None
 

@@ -48,9 +48,9 @@ class Transport:
         """For messages."""
         return Place(self.endpoint, bucket, key)
 
-    def call(self, place: Place, request: Callable[[], Answer]) -> Answer:
-        """Make a request until it succeeds. Raises ObjectError."""
-        return self._attempts.run(place, request)
+    def call(self, place: Place, request: Callable[[], Answer], position: Callable[[], int] = lambda: 0) -> Answer:
+        """Make a request until it succeeds; see Attempts. Raises ObjectError."""
+        return self._attempts.run(place, request, position)
 
     def pace(self, size: int) -> Pace:
         """For one try that moves `size` bytes: keeps to the bandwidth, and ends it when it stalls."""

@@ -24,7 +24,7 @@ from tierd.objects.store import Listed
 BLOCK_BYTES: Final = 256 << 10
 """What is sent before bandwidth and deadline are looked at again."""
 _RECEIVE_BYTES: Final = 1 << 20
-"""What is received before that: with blocks of 256 KiB the system calls took a tenth of the processors' time."""
+"""What is received by one system call before that, if so much is there; more gained nothing."""
 META_SHA256: Final = "x-amz-meta-tierd-sha256"
 META_UPLOAD: Final = "x-amz-meta-tierd-upload"
 """Tells an upload of ours that was finished from another object of the same name."""
