@@ -17,10 +17,9 @@ from tierd.controller.file_calls import opened, same
 from tierd.controller.hot_scan import Scan, scan
 from tierd.controller.hot_tree import joined, split
 from tierd.controller.move_books import FileNews, Move
-from tierd.controller.move_file import HotFile, MoveFile, MoveRefused
+from tierd.controller.move_file import ChangedMeanwhile, HotFile, MoveFile, MoveRefused
 from tierd.controller.move_workshop import Workshop, subject_of
 from tierd.controller.steps import FileState
-from tierd.controller.stubbing import ChangedMeanwhile
 from tierd.objects.keys import manifest_key, object_key, shown
 from tierd.objects.manifest import Manifest, ManifestDamaged
 from tierd.objects.manifest_text import BYTES_MAX, decode, encode

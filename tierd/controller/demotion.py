@@ -32,11 +32,11 @@ from tierd.controller.move_books import (
     set_files,
     set_state,
 )
-from tierd.controller.move_file import LeasesUnknown, MoveFile, MoveRefused
+from tierd.controller.move_file import ChangedMeanwhile, LeasesUnknown, MoveFile, MoveRefused
 from tierd.controller.move_workshop import Fence, Workshop
 from tierd.controller.returning import Returning, compared, manifest_name
 from tierd.controller.steps import FileState, MoveKind, MoveState
-from tierd.controller.stubbing import ChangedMeanwhile, Stubbing
+from tierd.controller.stubbing import Stubbing
 from tierd.objects.keys import shown, validate_model_id
 from tierd.objects.manifest import ManifestDamaged
 from tierd.objects.store import ObjectDamaged, ObjectMissing

@@ -14,6 +14,7 @@ from typing import Final, Self
 import structlog
 
 from tierd.controller import moves_sql as sql
+from tierd.controller.announcing import At
 from tierd.controller.db import Database
 from tierd.controller.demotion import Demotion
 from tierd.controller.hot_tree import HotTree
@@ -26,7 +27,6 @@ from tierd.controller.move_workshop import MoveSettings, Workshop
 from tierd.controller.promotion import Promotions
 from tierd.controller.returning import Returning, begin_abandoning
 from tierd.controller.steps import FINAL, UNTOUCHED, MoveKind, MoveState
-from tierd.controller.stubbing import At
 from tierd.controller.wasted import clean_up
 from tierd.errors import TierdError
 from tierd.objects.keys import shown, validate_model_id
