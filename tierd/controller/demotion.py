@@ -120,7 +120,7 @@ class Demotion:
             await self._shop.run(ColdCopy(self._shop, move).begin)
         except ChangedMeanwhile as error:
             return await self._returning.abandon(move, str(error))
-        async with self._shop.fenced("begin to copy", move) as fence:
+        async with self._shop.fenced(MoveState.COPYING, move) as fence:
             await self._shop.note_detail(fence, move, began=True)  # what lies there from now on is ours
             await set_state(fence.connection, self._shop.books, move, MoveState.COPYING)
         return True

@@ -69,6 +69,8 @@ class Workplace:
             models_roots=settings.models_roots_bytes,
             bucket=self._objects.models_bucket,
             grace=settings.grace,
+            settle=settings.move_settle,
+            parallel_files=settings.move_files_at_once,
             lease_report_max_age=settings.lease_report_max_age,
             lease_reports=settings.nodes_report,
         )
