@@ -57,7 +57,7 @@ class ColdCopy:
         self._uploads.mkdir(parents=True, exist_ok=True)
         fd = self._open(file)
         try:
-            # A page that is dirty takes more writes, through a mapping, without a change of any time; a clean one does not.
+            # A page that is dirty takes more writes, through a mapping, without a change of any time.
             os.fsync(fd)
             self._expect(fd, file)
             self._at("put object")
