@@ -322,6 +322,8 @@ class ControllerMetrics:
         self._bytes = Gauge("tierd_models_bytes", "Their bytes.", ["tier"], registry=registry)
         for tier in self.TIERS:
             self._models.labels(tier), self._bytes.labels(tier)
+        self._oldest = Gauge("tierd_moves_oldest_seconds", "Age of the oldest unfinished move.", registry=registry)
+        self._failing = Gauge("tierd_moves_failing", "Unfinished moves whose last try failed.", registry=registry)
         self._unfinished = Gauge("tierd_moves_unfinished", "Moves that have not ended.", ["state"], registry=registry)
         self._wishes = Counter(
             "tierd_promote_wishes_heard", "Cold models that nodes load, by what came of it.", ["result"],
@@ -351,6 +353,11 @@ class ControllerMetrics:
         self._seconds.labels(job).observe(seconds)
         if result == "done":
             self._success.labels(job).set(time.time())
+
+    def late(self, oldest_s: float, failing: int) -> None:
+        """How long the oldest unfinished move has been under way, and how many wait or fail."""
+        self._oldest.set(oldest_s)
+        self._failing.set(failing)
 
     def stand(self, tiers: Mapping[str, tuple[int, int]], moves: Mapping[str, int], silent_nodes: int) -> None:
         """Models and bytes by tier, moves by state, and nodes that are silent, as they are now."""

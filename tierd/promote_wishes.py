@@ -1,7 +1,7 @@
 """What nodes ask the controller for: that cold models which are being loaded become hot again. Message and limits.
 
 Pure, and shared by both sides. Best effort: a wish that is lost is repeated by the next load. Nothing in a message is
-believed: a model that is named is one of the catalogue, or the name is ignored.
+believed: what is named is a model in the source, with cold files, or the name is ignored.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def failing(number: int) -> Kill:
             if len(fate.effects) == last:
                 raise OSError(number, os.strerror(number))
 
-        fate = Fate(0, before)
+        fate = Fate(0, before, alone=True)
         async with site.leading(fate) as moves:
             for _ in range(_TRIES):
                 with suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import threading
 from dataclasses import replace
@@ -403,3 +404,24 @@ def test_an_effect_that_comes_too_late_is_none(site: Site, monkeypatch: pytest.M
 
     run(main())
     assert len(site.trash()) == 5
+
+
+def test_what_is_written_through_a_mapping_while_it_is_copied_is_not_lost(site: Site) -> None:
+    """A page that is dirty already is written to without a change of any time, until it was written back."""
+    path = site.model / "config.json"
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped[0:1] = b"["
+
+        def write(effect: str) -> None:
+            if effect == "put manifest":
+                mapped[0:1] = b"<"
+
+        async def main() -> None:
+            async with site.leading(Fate(0, write)) as moves:
+                move = await moves.demote(MODEL, "test")
+                await moves.advance(move)
+                await site.end_grace()
+                await moves.advance(move)
+
+        run(main())
+    assert site.read("config.json") == b"<}"

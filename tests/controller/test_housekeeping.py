@@ -51,6 +51,28 @@ def test_events_are_purged_by_count(site: Site) -> None:
     assert site.value("SELECT count(*) FROM move_events") == 10
 
 
+def test_moves_that_are_late_or_fail_are_told(site: Site) -> None:
+    rows = [("copying", 100, None, "the moon"), ("in_grace", 9_000, 5_000, None), ("in_grace", 9_000, -50, None)]
+    for number, (state, age, left, error) in enumerate(rows):
+        site.ask(
+            "INSERT INTO moves (kind, subject, state, version, created_at, grace_until, error)"
+            " VALUES ('demote', $1, $2, 1, now() - make_interval(secs => $3), now() + make_interval(secs => $4), $5)",
+            *(f"models/{number}", state, age, left, error),
+        )
+
+    async def main() -> dict[str, float | None]:
+        async with leading(site) as work:
+            await housekeeping.tell_metrics(work)
+            names = ("tierd_moves_oldest_seconds", "tierd_moves_failing")
+            return {name: work.metrics.registry.get_sample_value(name) for name in names}
+
+    found = run(main())
+    assert found["tierd_moves_failing"] == 1
+    oldest = found["tierd_moves_oldest_seconds"]
+    assert oldest is not None
+    assert 100 <= oldest < 200
+
+
 def test_metrics_tell_how_the_tiers_stand(site: Site) -> None:
     site.ask("INSERT INTO nodes (node_id, boot) VALUES ('gpu-1', $1)", BOOT.format(1))
     site.ask(

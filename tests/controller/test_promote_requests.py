@@ -186,6 +186,30 @@ def test_what_nobody_heard_for_long_is_over(site: Site, client: SyncRedis, url: 
     assert planned(site) == []
 
 
+def test_a_model_that_was_renamed_while_cold_comes_back_when_it_is_loaded(
+    site: Site, overlay_mount: MountFactory, redis_server: RedisServer, tmp_path: Path, client: SyncRedis, url: str
+) -> None:
+    """Through a real mount: renamed there, loaded there, heard, planned, and hot under the name that it has."""
+    content, path = os.urandom(40 * MIB), site.source / "models/before/1.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    site.store.put_file("cold-models", object_key("models/before", 1, b"1.safetensors"), path, len(content))
+    freeze({path: None}, "models/before")
+    password = tmp_path / "password"
+    password.write_text(redis_server.password + "\n")
+    bare = url.replace(f":{redis_server.password}@", "")
+    options = {"redis": bare, "redis_password_file": password, "publish_interval": 1, "prefetch": "no"}
+    mount = overlay_mount(site.source, node_name="gpu-1", cache_size="0", objects=str(tmp_path / "objects"), **options)
+    top = mount.mountpoint / "models"
+    (top / "before").rename(top / "after")
+    assert (top / "after/1.safetensors").read_bytes() == content
+    wait_until(lambda: client.xlen(STREAM) > 0, SECONDS, "the wish")
+    assert hear(site, url) == {"planned": 1}
+    run(resume(site))
+    assert (site.source / "models/after/1.safetensors").read_bytes() == content
+    assert (top / "after/1.safetensors").read_bytes() == content
+
+
 def test_loads_ask_and_looks_do_not(
     overlay_mount: MountFactory, new_directory: DirectoryFactory, redis_server: RedisServer, tmp_path: Path
 ) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tests.controller.moving import Site
 from tierd.node.cold_source import Cold, ColdSource
-from tierd.node.sources import Changes, Moved, Ref
+from tierd.node.sources import Changes, Creator, Moved, Ref
 from tierd.recall import fetch_from, recall
 from tierd.stubs import Origin
 
@@ -36,6 +36,17 @@ class User:
             os.close(fd)
             source.close()
 
+    def act(self, deed: Callable[[User], None]) -> None:
+        """Do it; the kernel asks anew when a name means another inode by now."""
+        for left in reversed(range(TRIES_MAX)):
+            try:
+                deed(self)
+            except Moved:
+                if not left:
+                    raise
+            else:
+                return
+
     def unlink(self) -> None:
         with self._source() as (source, fd):
             source.unlink(fd, NAME)
@@ -55,19 +66,54 @@ class User:
             source.setattr(ref, Changes(mode=0o600), None)
 
     def append(self) -> None:
+        """Write beyond the end."""
+        with self._opened(os.O_RDWR) as opened:
+            os.pwrite(opened, b"+", os.fstat(opened).st_size)
+
+    def truncate(self) -> None:
+        """Leave five bytes."""
+        with self._opened(os.O_RDWR) as opened:
+            os.ftruncate(opened, 5)
+
+    def empty(self) -> None:
+        """As `> file` does."""
+        with self._opened(os.O_RDWR | os.O_TRUNC):
+            """Nothing is written."""
+
+    def link(self) -> None:
+        """Another name, in the same directory."""
+        with self._source() as (source, fd):
+            source.link(Ref(fd, NAME, source.key(source.lstat(fd, NAME))), fd, OTHER)
+
+    def recreate(self) -> None:
+        """Another file of that name."""
+        with self._source() as (source, fd):
+            source.unlink(fd, NAME)
+            opened, *_ = source.create(fd, NAME, os.O_WRONLY, 0o644, Creator(os.geteuid(), os.getegid()))
+            os.write(opened, b"other")
+            os.close(opened)
+
+    def move_model(self) -> None:
+        """The whole directory."""
+        self.site.model.rename(f"{self.site.model}-moved")
+
+    @contextmanager
+    def _opened(self, flags: int) -> Iterator[int]:
         """As the overlay does: where the bytes are elsewhere, they come back first."""
         with self._source() as (source, fd):
             for _ in range(TRIES_MAX):
                 ref = Ref(fd, NAME, source.key(source.lstat(fd, NAME)))
                 try:
-                    opened, _ = source.open(ref, os.O_RDWR)
+                    opened, _ = source.open(ref, flags)
                 except Moved:
                     continue
                 except Cold as cold:
                     self._recall(source, cold)
                     continue
-                os.pwrite(opened, b"+", os.fstat(opened).st_size)
-                os.close(opened)
+                try:
+                    yield opened
+                finally:
+                    os.close(opened)
                 return
         raise AssertionError("it moves all the time")
 

@@ -210,6 +210,59 @@ def test_what_nobody_knows_is_not_moved(source: ColdSource, model: Path, fd: int
         os.close(to)
 
 
+def become_hot(model: Path, name: str) -> None:
+    """As the end of an undo or of a promotion."""
+    warm_one = stub_of(model / name)
+    warm_one.write_bytes(b"back")
+    warm_one.chmod(0o644)
+    warm_one.rename(model / name)
+
+
+def test_a_cold_file_that_becomes_hot_while_it_is_removed_is_removed(source: ColdSource, model: Path, fd: int) -> None:
+    """`about` is told between the look and the call. It was ENOENT for a file that was there."""
+    told: list[os.stat_result] = []
+
+    def about(st: os.stat_result) -> None:
+        if not told:
+            become_hot(model, "a")
+        told.append(st)
+
+    source.unlink(fd, b"a", about)
+    assert len(told) == 2
+    assert b"a" not in source.list_names(fd)
+    with pytest.raises(FileNotFoundError):
+        source.unlink(fd, b"a")
+
+
+def test_a_cold_file_that_becomes_hot_while_it_is_renamed_is_renamed(source: ColdSource, model: Path, fd: int) -> None:
+    told: list[os.stat_result] = []
+
+    def about(st: os.stat_result, _: os.stat_result | None) -> None:
+        if not told:
+            become_hot(model, "a")
+        told.append(st)
+
+    source.rename(fd, b"a", fd, b"z", 0, about)
+    assert (model / "z").read_bytes() == b"back"
+    assert b"a" not in source.list_names(fd)
+
+
+def test_origins_overrule_those_of_a_clock_that_went_ahead(source: ColdSource, model: Path, fd: int) -> None:
+    """An inode number may be used again: what it stood for must not be read for the new file."""
+    base = os.open(model / ".tierd", os.O_PATH)
+    inode = stub_of(model / "a").stat().st_ino
+    (model / ".tierd/origins/09999999999999999999-aaaaaaaa.json").write_bytes(
+        encode({inode: Origin("models/m", 1, b"old", 3, "0" * 64)})
+    )
+    write_origins(base, {inode: Origin("models/m", 2, b"a", 7, "0" * 64)})
+    write_origins(base, {inode: Origin("models/m", 3, b"a", 8, "0" * 64)})
+    os.close(base)
+    stub = source._stub_at(fd, b"a")
+    assert stub is not None
+    assert stub.origin is not None
+    assert stub.origin.version == 3
+
+
 def test_new_origins_are_seen_at_once(source: ColdSource, model: Path, fd: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(stub_layer, "_SETTLED_NS", 0)
     assert source.lstat(fd, b"a").st_size == SIZE

@@ -18,10 +18,9 @@ from tierd.controller.file_calls import opened, same
 from tierd.controller.hot_scan import Scan, scan, scan_some
 from tierd.controller.hot_tree import joined, split
 from tierd.controller.move_books import FileNews, Move
-from tierd.controller.move_file import HotFile, MoveFile, MoveRefused
+from tierd.controller.move_file import ChangedMeanwhile, HotFile, MoveFile, MoveRefused
 from tierd.controller.move_workshop import Workshop, subject_of
 from tierd.controller.steps import FileState
-from tierd.controller.stubbing import ChangedMeanwhile
 from tierd.objects.keys import ObjectName, manifest_key, object_key, shown
 from tierd.objects.manifest import Manifest, ManifestDamaged
 from tierd.objects.manifest_text import BYTES_MAX, decode, encode
@@ -62,6 +61,8 @@ class ColdCopy:
         self._uploads.mkdir(parents=True, exist_ok=True)
         fd = self._open(file)
         try:
+            # A page that is dirty takes more writes, through a mapping, without a change of any time.
+            os.fsync(fd)
             self._expect(fd, file)
             self._at("put object")
             stored = self._store.put_file(self._bucket, self._key(moved), fd, file.size, journal=self._journal(file))

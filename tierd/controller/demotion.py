@@ -28,11 +28,11 @@ from tierd.controller.move_books import (
     set_files,
     set_state,
 )
-from tierd.controller.move_file import LeasesUnknown, MoveFile, MoveRefused
+from tierd.controller.move_file import ChangedMeanwhile, LeasesUnknown, MoveFile, MoveRefused
 from tierd.controller.move_workshop import Fence, Workshop
 from tierd.controller.returning import Returning, compared, manifest_name
 from tierd.controller.steps import FileState, MoveKind, MoveState
-from tierd.controller.stubbing import ChangedMeanwhile, Stubbing
+from tierd.controller.stubbing import Stubbing
 from tierd.objects.keys import shown, validate_model_id
 from tierd.objects.manifest import ManifestDamaged
 from tierd.objects.store import ObjectDamaged, ObjectMissing
@@ -99,7 +99,7 @@ class Demotion:
             await self._shop.run(ColdCopy(self._shop, move).begin)
         except ChangedMeanwhile as error:
             return await self._returning.abandon(move, str(error))
-        async with self._shop.fenced("begin to copy", move) as fence:
+        async with self._shop.fenced(MoveState.COPYING, move) as fence:
             await self._shop.note_detail(fence, move, began=True)  # what lies there from now on is ours
             await set_state(fence.connection, self._shop.books, move, MoveState.COPYING)
         return True

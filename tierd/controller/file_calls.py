@@ -7,12 +7,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Final
+from typing import Final, NamedTuple
 
 from tierd.controller.hot_scan import read_xattrs
 from tierd.controller.move_file import HotFile
 from tierd.stub_files import mtime_of
 from tierd.stubs import COLD_MARK
+from tierd.syscalls import forced_stat
 
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FREE_MODE_BITS: Final = 0o7777 & ~COLD_MARK
@@ -34,10 +35,20 @@ def alike(one: os.stat_result, other: os.stat_result) -> bool:
     )
 
 
-def equal(file: int, stub: int) -> bool:
-    """All that a user can see of them, but for the bytes and the time of the last access."""
-    have, want = os.fstat(file), os.fstat(stub)
-    return alike(have, want) and have.st_mtime_ns == mtime_of(want) and read_xattrs(file) == read_xattrs(stub)
+class Looks(NamedTuple):
+    """All that a user can see of a file or stub, but for the bytes and the time of the last access."""
+
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    xattrs: tuple[tuple[bytes, bytes], ...]
+
+
+def looks_of(fd: int) -> Looks:
+    """As they are now, past all caches."""
+    st = forced_stat(fd)
+    return Looks(st.st_mode & ~COLD_MARK, st.st_uid, st.st_gid, mtime_of(st), read_xattrs(fd))
 
 
 def opened(fd: int, name: bytes, flags: int = 0) -> int:

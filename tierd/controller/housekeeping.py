@@ -19,6 +19,12 @@ _BOOT_DAYS: Final = 90
 
 _TIERS = "SELECT tier, count(*), coalesce(sum(size_bytes), 0)::bigint FROM model_locations GROUP BY tier"
 _MOVES = "SELECT state, count(*) FROM moves WHERE finished_at IS NULL GROUP BY state"
+# What rests in its grace is not late; from the end of that on it is.
+_LATE = """
+SELECT coalesce(extract(epoch FROM max(now() - greatest(created_at, grace_until))), 0)::float8 AS oldest_s,
+       count(*) FILTER (WHERE error IS NOT NULL) AS failing
+FROM moves WHERE finished_at IS NULL AND (state <> 'in_grace' OR grace_until <= now())
+"""
 # The latest index of a node stays, however long the node is off. Of the others no batch can come any more, but from a
 # backup of a node's disk that is older than this; its counts would then count twice.
 _PURGE_BOOTS = """
@@ -36,8 +42,11 @@ async def tell_metrics(work: Work) -> None:
     async with work.database.connection() as connection:
         tiers = {tier: (models, size) for tier, models, size in await connection.fetch(_TIERS)}
         moves = dict(await connection.fetch(_MOVES))
+        late = await connection.fetchrow(_LATE)
+        assert late is not None
         found = await nodes.reports(connection, work.settings.lease_report_max_age)
         outputs = await output_books.standing(connection)
+    work.metrics.late(late["oldest_s"], late["failing"])
     work.metrics.stand(tiers, moves, sum(not report.fresh for report in found))
     work.output_metrics.stand(outputs.tiers, outputs.oldest_unbacked_s, outputs.faults)
     await context_stats.tell_metrics(work.database, work.context_metrics)

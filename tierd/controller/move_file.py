@@ -20,6 +20,10 @@ class NotCold(MoveRefused):
     """Of a model that nothing is to be brought of: there is none, or it is hot."""
 
 
+class ChangedMeanwhile(Exception):
+    """A file is not, or is no longer, the one that was copied; `str()` says which and how."""
+
+
 class LeasesUnknown(MoveRefused):
     """What nodes hold open is not known just now."""
 

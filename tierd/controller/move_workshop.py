@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
 from tierd.controller import moves_sql as sql
+from tierd.controller.announcing import At
 from tierd.controller.hot_scan import Subject
 from tierd.controller.hot_tree import HotTree, split
 from tierd.controller.move_books import Books, Move, hold, set_state
 from tierd.controller.move_file import SourceGone
 from tierd.controller.output_moves import OutputDays, is_of_outputs
 from tierd.controller.steps import next_state
-from tierd.controller.stubbing import At, Stubbing
+from tierd.controller.stubbing import Stubbing
 from tierd.controller.subjects import Models, Subjects
 from tierd.errors import TierdError
 from tierd.objects.store import ObjectStore

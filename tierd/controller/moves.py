@@ -15,6 +15,7 @@ import structlog
 
 from tierd.controller import moves_sql as sql
 from tierd.controller import output_moves
+from tierd.controller.announcing import At
 from tierd.controller.demotion import Demotion
 from tierd.controller.hot_tree import HotTree
 from tierd.controller.importing import Importing
@@ -28,7 +29,6 @@ from tierd.controller.output_promotion import OutputPromotions
 from tierd.controller.promotion import Promotions
 from tierd.controller.returning import Returning, begin_abandoning
 from tierd.controller.steps import FINAL, UNTOUCHED, MoveKind, MoveState
-from tierd.controller.stubbing import At
 from tierd.controller.wasted import clean_up
 from tierd.errors import TierdError
 from tierd.objects.keys import shown, validate_model_id

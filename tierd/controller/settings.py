@@ -124,6 +124,8 @@ class ControllerSettings(PostgresSettings):
     nodes_report: bool = True
     lease_report_max_age: Seconds = Field(300.0, gt=0, le=86_400)
     grace: Seconds = Field(7 * _DAY_SECONDS, ge=0)
+    move_settle: Seconds = Field(3.0, ge=0, le=600)
+    move_files_at_once: Whole = Field(4, ge=1, le=64)
     move_events_kept: Whole = Field(100_000, ge=0)
     shutdown_timeout: Seconds = Field(25.0, gt=0, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -14,37 +14,30 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
-from tierd.controller.file_calls import alike, copy_attributes, draft_name, equal, opened, opened_directory, same
+from tierd.controller.announcing import Announcing, At
+from tierd.controller.file_calls import Looks, alike, copy_attributes, draft_name, looks_of, opened, same
 from tierd.controller.hot_scan import Subject
 from tierd.controller.hot_tree import HotTree, is_inode, joined, split, stat_of
-from tierd.controller.move_file import HotFile, MoveFile
+from tierd.controller.move_file import ChangedMeanwhile, HotFile, MoveFile
 from tierd.controller.steps import FileState
 from tierd.objects.keys import shown
-from tierd.stub_files import is_cold, locked, make_layer, read_origins, write_origins
-from tierd.stubs import COLD_MARK, ORIGINS, RESERVED, STUBS, Origin
+from tierd.stub_files import is_cold, locked
+from tierd.stubs import COLD_MARK, RESERVED, STUBS
 from tierd.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 
 TRASH: Final = RESERVED + b"/trash"
 DRAFTS: Final = RESERVED + b"/drafts"
-At = Callable[[str], None]
-"""Is told of each effect, before and after it; tests end the process there."""
 
 
-class ChangedMeanwhile(Exception):
-    """A file is not, or is no longer, the one that was copied; `str()` says which and how."""
-
-
-class Stubbing:
+class Stubbing(Announcing):
     """The files of one move. `move` is its number, and names its trash."""
 
     def __init__(self, tree: HotTree, subject: Subject, move: int, at: At) -> None:
-        self._tree = tree
-        self._base = subject.base
-        self._at = at
+        super().__init__(tree, subject.base, at)
         self.trash = TRASH + b"/%d" % move
         self.drafts = DRAFTS + b"/%d" % move
         self._touched: set[bytes] = set()
@@ -94,57 +87,6 @@ class Stubbing:
                 os.close(stub)
         finally:
             os.close(source)
-
-    def announce(self, directory: bytes, origins: dict[int, Origin]) -> bool:
-        """Write down in a directory what its stubs will stand for; False if it says so already. Raises OSError."""
-        with self._tree.directory(joined(self._base, directory)) as fd:
-            self._at("make layer")
-            make_layer(fd)
-            self._at("made layer")
-            base = os.open(RESERVED, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            try:
-                with opened_directory(base, ORIGINS) as known:
-                    said = read_origins(known)
-                    if all(said.get(inode) == origin for inode, origin in origins.items()):
-                        return False
-                    self._at("write origins")
-                    write_origins(base, origins)
-                    os.fsync(known)
-                    os.fsync(base)
-                    said = read_origins(known)
-                os.fsync(fd)
-                self._at("wrote origins")
-                if any(said.get(inode) != origin for inode, origin in origins.items()):
-                    # Of an inode number that is used again, and of a clock that went back: wrong bytes otherwise.
-                    raise ChangedMeanwhile(f"{shown(directory)} has origins from the future: is the clock right?")
-            finally:
-                os.close(base)
-        return True
-
-    def write_manifest(self, name: bytes, content: bytes) -> None:
-        """A copy of the manifest, where `rmdir` through an overlay finds and removes it."""
-        with self._tree.directory(joined(self._base, RESERVED + b"/" + ORIGINS)) as fd:
-            self._at("write manifest copy")
-            draft = name + b".new"
-            file_fd = os.open(
-                draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=fd
-            )
-            with open(file_fd, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file_fd)
-            os.rename(draft, name, src_dir_fd=fd, dst_dir_fd=fd)
-            os.fsync(fd)
-            self._at("wrote manifest copy")
-
-    def remove_manifest(self, name: bytes) -> None:
-        """What `write_manifest` wrote, if it is there."""
-        with self._tree.directory_if_there(joined(self._base, RESERVED + b"/" + ORIGINS)) as fd:
-            if fd is not None:
-                self._at("remove manifest copy")
-                with suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=fd)
-                self._at("removed manifest copy")
 
     # --- files go ---
 
@@ -283,18 +225,18 @@ class Stubbing:
                 self._tree.directory(joined(self._base, above)) as hot_fd,
                 self._tree.directory(joined(self.trash, above)) as trash,
             ):
-                self._follow_stub(moving, layer, leaf, trash)
+                given = self._follow_stub(moving, layer, leaf, trash)
                 self._at("put back")
                 try:
                     renameat2(trash, leaf, hot_fd, leaf, RENAME_NOREPLACE)
                 except FileExistsError:
                     return "another file has its name"
                 self._at("was put back")
+                self._follow_stub(moving, layer, leaf, hot_fd, given)  # who changed it meanwhile did so to the stub
                 try:
                     self._remove_stub(moving, name, layer)
                 except FileNotFoundError:  # a user removed or renamed it this moment: so shall it be
-                    with suppress(FileNotFoundError):
-                        renameat2(hot_fd, leaf, trash, leaf, RENAME_NOREPLACE)
+                    _take_back(moving, leaf, hot_fd, trash)
                     return "its cold file was removed or renamed"
                 self._at("removed stub")
         self._touched |= {joined(self._base, above), joined(self.trash, above), self._layer_of(name)}
@@ -309,20 +251,25 @@ class Stubbing:
                 return
         os.unlink(leaf, dir_fd=layer)
 
-    def _follow_stub(self, moving: MoveFile, layer: int, leaf: bytes, trash: int) -> None:
-        stub, file = opened(layer, leaf), opened(trash, leaf)
-        if stub < 0 or file < 0:
-            return
-        try:
-            if equal(file, stub):
-                return
-            self._at("attributes")
-            # What was written to it through an old descriptor is newer than its stub.
-            copy_attributes(stub, file, 0, times=same(os.fstat(file), moving.file))
-            self._at("gave attributes")
-        finally:
-            os.close(stub)
-            os.close(file)
+    def _follow_stub(
+        self, moving: MoveFile, layer: int, leaf: bytes, directory: int, given: Looks | None = None
+    ) -> Looks | None:
+        """Let a file look as its stub does, unless it was `given` these looks before; which ones."""
+        with ExitStack() as stack:
+            fds = [opened(where, leaf) for where in (layer, directory)]
+            for fd in fds:
+                if fd >= 0:
+                    stack.callback(os.close, fd)
+            stub, file = fds
+            if min(fds) < 0 or not is_inode(os.fstat(file), moving.file.inode):
+                return given
+            looks = looks_of(stub)
+            if looks not in (given, looks_of(file)):
+                self._at("attributes")
+                # What was written to it through an old descriptor is newer than its stub.
+                copy_attributes(stub, file, 0, times=same(os.fstat(file), moving.file))
+                self._at("gave attributes")
+            return looks
 
     # --- files end ---
 
@@ -404,3 +351,14 @@ class Stubbing:
     def _look(self, directory: bytes, name: bytes) -> os.stat_result | None:
         with self._tree.directory_if_there(directory) as fd:
             return stat_of(fd, name) if fd is not None else None
+
+
+def _take_back(moving: MoveFile, leaf: bytes, hot: int, trash: int) -> None:
+    """A file goes to the trash again, but none that somebody put in its place meanwhile."""
+    if not is_inode(stat_of(hot, leaf), moving.file.inode):
+        return
+    with suppress(FileNotFoundError):
+        renameat2(hot, leaf, trash, leaf, RENAME_NOREPLACE)
+        if not is_inode(stat_of(trash, leaf), moving.file.inode):
+            with suppress(FileExistsError):  # then both are kept
+                renameat2(trash, leaf, hot, leaf, RENAME_NOREPLACE)

@@ -87,6 +87,8 @@ class Workplace:
             outputs_bucket=self._objects.outputs_bucket,
             outputs_grace=settings.outputs_grace,
             grace=settings.grace,
+            settle=settings.move_settle,
+            parallel_files=settings.move_files_at_once,
             lease_report_max_age=settings.lease_report_max_age,
             lease_reports=settings.nodes_report,
         )

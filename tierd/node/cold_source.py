@@ -260,6 +260,13 @@ class ColdSource(PosixSource):
         ended: Callable[[Origin], None] = lambda origin: None,
     ) -> Change:
         """As that of any source. `ended` is told what a cold file stood for that has no name any more."""
+        try:
+            return self._unlink(dir_fd, name, about, ended)
+        except FileNotFoundError:
+            self.lstat(dir_fd, name)  # raises, unless its file returned this moment: then it is there, elsewhere
+            return self._unlink(dir_fd, name, about, ended)
+
+    def _unlink(self, dir_fd: int, name: bytes, about: About, ended: Callable[[Origin], None]) -> Change:
         with self.layers.of(dir_fd) as layer:
             stub = layer.find(name) if layer is not None else None
             if layer is None or stub is None:
@@ -311,6 +318,15 @@ class ColdSource(PosixSource):
         if RESERVED in (old, new):
             number = errno.EPERM if new == RESERVED else errno.ENOENT
             raise OSError(number, os.strerror(number))
+        try:
+            return self._rename(old_fd, old, new_fd, new, flags, about)
+        except FileNotFoundError:
+            self.lstat(old_fd, old)  # as with `unlink`
+            return self._rename(old_fd, old, new_fd, new, flags, about)
+
+    def _rename(
+        self, old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int, about: Callable[..., None]
+    ) -> tuple[Change, Change | None]:
         cold, stub = self._cold_at(old_fd, old), self._stub_at(new_fd, new)
         if cold is None and stub is None:
             return self._rename_hot(old_fd, old, new_fd, new, flags, about)
