@@ -290,6 +290,29 @@ def test_a_frozen_redis_slows_one_call_and_not_each(house: House) -> None:
     assert (registry.get_sample_value("tierd_context_cache_failures_total") or 0) > 20
 
 
+def test_a_full_redis_is_one_that_is_away_but_for_erasures(house: House) -> None:
+    client = client_of(house)
+
+    async def scene(contexts: Contexts) -> None:
+        for name in ("c", "d"):
+            await contexts.save("u", name, HELLO, version=0)
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        assert contexts._cache is not None
+        await contexts.save("u", "c", MORE, version=1)
+        found = await contexts.get("u", "c")
+        assert found is not None
+        assert (found.messages, found.tier) == (MORE, "warm")
+        contexts._cache.circuit.succeeded()  # its pause is over
+        assert (await contexts.delete_user("u")).redis == 2
+        assert await contexts.get("u", "d") is None
+
+    try:
+        house.play(scene)
+    finally:
+        client.config_set("maxmemory", 0)
+
+
 class Clock:
     """Time that passes when it is told to."""
 
