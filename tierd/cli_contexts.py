@@ -104,7 +104,8 @@ async def _restore(settings: ControllerSettings, objects: str, bucket: str, mont
     store = open_store(given, os.environ)
     try:
         async with Database(settings) as database:
-            done = await restore_contexts(database, store, month, bucket=bucket)
+            space = settings.contexts_tablespace
+            done = await restore_contexts(database, store, month, bucket=bucket, tablespace=space)
             return done, await later_exports(database, month)
     finally:
         store.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,27 @@ def test_months_are_made_ahead_and_once(house: House) -> None:
         for before, after in itertools.pairwise(found):
             assert before.ends == after.begins
         assert found[0].begins <= found[0].now < found[0].ends
+
+    run(main())
+
+
+@pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "America/Los_Angeles", "Asia/Seoul"])
+def test_a_month_is_one_of_utc_wherever_a_session_is(house: House, zone: str) -> None:
+    """As of somebody at a psql, or of a pooler that keeps no settings: a month has one table, and none has a gap."""
+    first = datetime(2040, 1, 1, tzinfo=UTC)
+
+    async def main() -> None:
+        async with house.database() as database, database.transaction() as connection:
+            await connection.execute(f"SET LOCAL TIME ZONE '{zone}'")
+            for at in (first, first - timedelta(microseconds=1), first + timedelta(days=30, hours=23)):
+                table = await connection.fetchval("SELECT make_context_month($1)", at)
+                assert table == f"user_contexts_archive_{at:%Ym%m}"
+                await connection.execute(
+                    "INSERT INTO user_contexts_archive (user_id, conversation_id, messages, created_at, archived_at)"
+                    " VALUES ('u', 'c', '[]', $1, $1)",
+                    at,
+                )
+                assert await connection.fetchval(f"SELECT count(*) FROM {table} WHERE archived_at = $1", at) == 1
 
     run(main())
 

@@ -163,7 +163,8 @@ def test_a_conversation_of_two_exports(
             await purge(house, store)
             (listed,) = await contexts.list("u1")
             name = listed.conversation_id
-            await contexts.append("u1", name, [{"new": 1}])
+            for number in range(2):
+                await contexts.append("u1", name, [{"new": number}])
             await purge(house, store)
             await house.sql("UPDATE user_contexts SET updated_at = updated_at - interval '40 days'")
             async with house.database() as database:
@@ -186,7 +187,7 @@ def test_a_conversation_of_two_exports(
             assert await restore(house, store, months[1]) == Restored(1, 0, 0, 1)
             found = await contexts.get("u1", name)
             assert found is not None
-            expected = [] if order == "older first" and meanwhile == "written" else [{"new": 1}]
+            expected = [] if order == "older first" and meanwhile == "written" else [{"new": 0}, {"new": 1}]
             assert found.messages[1:] == expected + ([{"written": 1}] if meanwhile == "written" else [])
             assert found.created_at == listed.created_at
             count = "SELECT (SELECT count(*) FROM user_contexts_archive) + (SELECT count(*) FROM user_contexts)"

@@ -76,6 +76,24 @@ def test_what_is_promoted_just_now(house: House, call: str) -> None:
     house.play(scene)
 
 
+def test_an_erasure_is_later_than_all_that_it_waited_for(house: House) -> None:
+    """Or an export would have what looks as if it had begun after the erasure, and be restored."""
+
+    async def scene(contexts: Contexts) -> None:
+        await contexts.save("u", "c", HELLO, version=0)
+        async with connected(house.settings()) as holder, connected(house.settings()) as watcher:
+            async with holder.transaction():
+                await holder.execute("SELECT pg_advisory_xact_lock_shared(hashtextextended($1, 7))", "u")
+                eraser = asyncio.create_task(contexts.delete_user("u"))
+                await until(watcher, WAITS)
+                await house.archive()
+                ((archived_at,),) = await house.sql("SELECT archived_at FROM user_contexts_archive")
+            assert (await eraser).archive == 1
+        assert await house.sql("SELECT erased_at > $1 FROM context_tombstones", archived_at) == [(True,)]
+
+    house.play(scene)
+
+
 def test_nobody_joins_a_read_that_began_before_a_write(any_house: House) -> None:
     async def scene(contexts: Contexts) -> None:
         await contexts.save("u", "c", HELLO, version=0)

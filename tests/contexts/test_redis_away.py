@@ -98,6 +98,7 @@ def test_what_redis_forgot_when_it_crashed_is_not_served(house: House, change: s
         async with house.contexts() as contexts, house.contexts() as slow:
             await contexts.save("u", "c", HELLO, version=0)
             await contexts.save("u", "other", HELLO, version=0)
+            await contexts.save("v", "as it was", HELLO, version=0)
             assert tier_of(await contexts.get("u", "c")) == "redis"
             before = everything(house)
             client_of(house).delete("context:u:other")
@@ -113,10 +114,12 @@ def test_what_redis_forgot_when_it_crashed_is_not_served(house: House, change: s
                         assert (found and found.messages) == {"save": MORE, "append": HELLO + MORE}.get(change)
                 held.go_on.set()
                 await reader
+            assert not client_of(house).exists("context:u:other")
             found = await contexts.get("u", "other")
             assert (found is None) == (change == "delete_user"), "nor what was read before that"
             if change in ("save", "append"):
                 assert tier_of(await contexts.get("u", "c")) == "redis", "a new generation has begun"
+            assert [tier_of(await contexts.get("v", "as it was")) for _ in range(2)] == ["warm", "redis"]
 
     run(main())
 
@@ -231,7 +234,7 @@ def test_many_debts_are_paid_at_once(house: House) -> None:
             for name in ("b:c", "c", "*"):
                 await contexts.save(user, name, HELLO, version=0)
         client_of(house).delete("context-trust")
-        owed = [("a", "c"), ("a:b", "*"), ("v", "")]
+        owed = [("a", "c"), ("a:b", "*"), ("v", ""), ("w", "")]
         await house.sql(
             "INSERT INTO context_cache_debts SELECT * FROM unnest($1::text[], $2::text[])", *zip(*owed, strict=True)
         )
@@ -285,6 +288,29 @@ def test_a_frozen_redis_slows_one_call_and_not_each(house: House) -> None:
 
     run(main())
     assert (registry.get_sample_value("tierd_context_cache_failures_total") or 0) > 20
+
+
+def test_a_full_redis_is_one_that_is_away_but_for_erasures(house: House) -> None:
+    client = client_of(house)
+
+    async def scene(contexts: Contexts) -> None:
+        for name in ("c", "d"):
+            await contexts.save("u", name, HELLO, version=0)
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        assert contexts._cache is not None
+        await contexts.save("u", "c", MORE, version=1)
+        found = await contexts.get("u", "c")
+        assert found is not None
+        assert (found.messages, found.tier) == (MORE, "warm")
+        contexts._cache.circuit.succeeded()  # its pause is over
+        assert (await contexts.delete_user("u")).redis == 2
+        assert await contexts.get("u", "d") is None
+
+    try:
+        house.play(scene)
+    finally:
+        client.config_set("maxmemory", 0)
 
 
 class Clock:

@@ -89,6 +89,10 @@ def test_restore(house: House, tmp_path: Path) -> None:
         return steps[0].month
 
     month = run(main())
+    words = ("contexts", "restore", month, "--objects", str(tmp_path))
+    bad = tierd(*words, TIERDCTL_POSTGRES=house.dsn, TIERDCTL_CONTEXTS_TABLESPACE="nowhere")
+    assert bad.returncode == 1
+    assert "CREATE TABLESPACE first" in bad.stderr, "restored months lie where all do"
     found = told(house, "restore", month, "--objects", str(tmp_path))
     assert found == {"rows": 1, "restored": 1, "replaced": 0, "erased": 0, "present": 0, "later": []}
     bad = tierd("contexts", "restore", "2020-01", "--objects", str(tmp_path), TIERDCTL_POSTGRES=house.dsn)

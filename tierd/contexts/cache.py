@@ -3,8 +3,8 @@
 What must never come back is what was current before: a slow reader that puts an old state there, a slow writer that
 puts an erased one. Two comparisons inside Redis see to it. Versions: what is there is never replaced by what is older.
 Fences: whoever is going to put something takes its user's token *before* asking the database; each change to one of
-the user's conversations leaves another token; with an old one nothing is put (and what is older is removed). So
-nothing depends on an entry or a mark still being there: it may expire, be evicted or flushed at any time.
+the user's conversations leaves another token, or none; with an old one nothing is put (and what is older is removed).
+So nothing depends on an entry or a mark still being there: it may expire, be evicted or flushed at any time.
 
 Nor on what Redis acknowledged still being there: one that crashed lacks its last second, a replica that took over may
 lack more, and either has entries, and fences, that had been replaced. So each entry names a generation, and counts
@@ -67,12 +67,13 @@ if string.match(redis.call('GET', KEYS[2]) or '', '^%x+') ~= now then
 end
 redis.call('SET', KEYS[1], '1', 'PX', ARGV[1])
 """
-# KEYS: fences, entries. ARGV: new token, how many fences. How many entries there were.
+# KEYS: fences, entries. ARGV: how many fences. How many entries there were. A fence that is gone is as good as another
+# one, and a Redis that is full lets nothing be set.
 _FORGET: Final = """
 local found = 0
 for i = 1, #KEYS do
-    if i <= tonumber(ARGV[2]) then redis.call('SET', KEYS[i], ARGV[1])
-    else found = found + redis.call('DEL', KEYS[i]) end
+    local there = redis.call('DEL', KEYS[i])
+    if i > tonumber(ARGV[1]) then found = found + there end
 end
 return found
 """
@@ -185,8 +186,7 @@ class Cache:
 
     async def _forgotten(self, users: Set[str], entries: Sequence[str | bytes]) -> int:
         fences = {fence_key(user_id) for user_id in users}
-        values = [_new_token(), len(fences)]
-        return int(await self._asked(lambda: self._forget(keys=[*fences, *entries], args=values)))
+        return int(await self._asked(lambda: self._forget(keys=[*fences, *entries], args=[len(fences)])))
 
     async def _asked(self, call: Callable[[], Awaitable[_Answer]]) -> _Answer:
         if not self.circuit.allow():

@@ -352,7 +352,7 @@ async def open_contexts(settings: ContextSettings, metrics: ContextMetrics | Non
             yield Contexts(database, None, settings, made)
             return
         cache = Cache(
-            settings.client(),
+            settings.client(deadlines=False),
             timeout_s=settings.redis_timeout,
             compress_from=settings.compress_from,
             connections=settings.redis_connections,

@@ -97,6 +97,7 @@ async def restore_contexts(
     month: str,
     *,
     bucket: str = "context-archive",
+    tablespace: str = "",
     attempt: int | None = None,
     progress: Callable[[Restored], None] = lambda _: None,
     metrics: ContextMetrics | None = None,
@@ -113,7 +114,7 @@ async def restore_contexts(
     if attempt is None:
         raise UsageError(f"{month} was never exported to {bucket}", hint="the table context_exports tells what was")
     manifest = await asyncio.to_thread(files.read_manifest, store, bucket, month, attempt)
-    await make_months(database)
+    await make_months(database, tablespace=tablespace)
     done = Restored(0, 0, 0, 0)
     with ExitStack() as stack:
         path = await asyncio.to_thread(stack.enter_context, files.fetched(store, bucket, manifest))
