@@ -317,7 +317,7 @@ def compressions(leader: Leader, at: Callable[[str], None]) -> OutputCompression
     work = leader.work
     files = work.output_files
     where = work.store, work.output_backup.bucket
-    return OutputCompressions(work.database, work.epoch, files.tree, files.root, *where, 3600.0, at)
+    return OutputCompressions(work.database, work.epoch, files.tree, files.root, *where, 3600.0, 0.0, at)
 
 
 async def whole(house: House, leader: Leader, path: str, at: Callable[[str], None]) -> None:

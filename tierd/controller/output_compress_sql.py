@@ -38,7 +38,7 @@ RETURNING id
 """
 
 _COLUMNS: Final = """
-id, output_id, user_id, filename, old_version, old_size, old_sha256, version, size_bytes, sha256, state
+id, output_id, user_id, filename, old_version, old_size, old_sha256, version, size_bytes, sha256, old_stub, state
 """
 ONE: Final = f"SELECT {_COLUMNS} FROM output_compressions WHERE id = $1"
 
@@ -67,6 +67,7 @@ SET_VERSION: Final = """
 UPDATE generated_outputs
 SET version = $2, size_bytes = $3, sha256 = $4,
     stub_version = CASE WHEN stub_version = $5::int THEN $2 ELSE stub_version END,
+    stub_inode = $6,
     loose = array_append(array_remove(loose, $2), $5::int)
 WHERE output_id = $1
 """
@@ -75,7 +76,9 @@ WHERE output_id = $1
 TIGHTEN: Final = "UPDATE generated_outputs SET loose = array_remove(loose, $2::int) WHERE output_id = $1"
 
 BEGIN_GRACE: Final = """
-UPDATE output_compressions SET state = 'in_grace', reason = '', try_at = now() + $2 * interval '1 second' WHERE id = $1
+UPDATE output_compressions
+SET state = 'in_grace', reason = '', try_at = now() + $2 * interval '1 second', old_stub = $3
+WHERE id = $1
 """
 
 SET_DELETING: Final = "UPDATE output_compressions SET state = 'deleting', reason = '' WHERE id = $1"
