@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -327,11 +328,11 @@ def test_nodes_are_told_again_and_again_until_they_confirm(house: House, url: st
             assert client.zrange(WAITING, 0, -1) == [], "somebody may open it from his cache of names"
             await house.rows("UPDATE output_erasures SET hidden_at = hidden_at - interval '1 min' RETURNING 1")
             for _ in range(2):
+                client.flushall()
                 await news.round()
                 ((number,),) = await house.rows("SELECT id FROM output_erasures")
                 assert client.zrange(WAITING, 0, -1) == [str(number).encode()]
                 assert decode(client.get(key_of(number)) or b"") == {f"outputs/{path}".encode()}
-                client.flushall()
             await confirm(house, "gpu-1")
             await news.round()
             assert client.zrange(WAITING, 0, -1) == []
@@ -340,8 +341,10 @@ def test_nodes_are_told_again_and_again_until_they_confirm(house: House, url: st
 
 
 @pytest.mark.parametrize("where", ["hot", "in grace", "cold"])
-def test_deletion_in_a_juicefs_volume(juicefs: Path, schema: str, where: str) -> None:
-    house = House(Path(tempfile.mkdtemp(dir=juicefs)), schema)
+def test_deletion_in_a_juicefs_volume(juicefs: Path, house: House, where: str) -> None:
+    shutil.rmtree(house.root / "source")
+    (house.root / "source").symlink_to(tempfile.mkdtemp(dir=juicefs))
+    house.outputs.mkdir()
     gone, stays = house.make(content=b"gone"), house.make(content=b"stays")
 
     async def main() -> None:
