@@ -111,5 +111,5 @@ def _failure(user: str, found: Deletion) -> NotDeleted:
         )
     return NotDeleted(
         f"{found.deleted} of {found.outputs} outputs of {printable(user)} are deleted: {found.error or 'it goes on'}",
-        hint="call it again to see how far it is; `tierd controller` carries on",
+        hint="it goes on, if `tierd controller` runs; call it again to see how far it is",
     )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from uuid import UUID, uuid4
 
 import pytest
@@ -330,7 +331,8 @@ def test_an_object_that_a_renamed_cold_file_needs_stays(house: House) -> None:
     assert read(house, f"{DAY}/favourite.png") == b"first"
 
 
-def test_one_that_was_brought_back_and_removed_leaves_no_object(house: House) -> None:
+@pytest.mark.parametrize("content", [b"first", b"changed"])
+def test_one_that_was_brought_back_and_removed_leaves_no_object(house: House, content: bytes) -> None:
     path = house.make(content=b"first")
 
     async def main() -> None:
@@ -338,7 +340,7 @@ def test_one_that_was_brought_back_and_removed_leaves_no_object(house: House) ->
             await demoted(house, leader, grace_over=True)
             stub = stub_path(house.outputs / path)
             stub.chmod(0o644)  # as a node does that brought its bytes
-            stub.write_bytes(b"first")
+            stub.write_bytes(content)
             stub.rename(house.outputs / path)
             await house.told(path, written_age_ns=0)
             await leader.back_up()
@@ -358,6 +360,8 @@ def test_one_that_is_there_again_is_not_deleted(house: House) -> None:
             (house.outputs / path).unlink()
             await house.told(path, removed_age_ns=0)
             house.write(path, b"second")
+            await work(leader)
+            assert await house.rows(ROWS) == [(1,)], "nobody has looked yet"
             await leader.back_up()
             await work(leader)
             assert await house.rows("SELECT removed_at IS NULL FROM generated_outputs") == [(True,)]
@@ -472,6 +476,26 @@ def test_who_no_longer_leads_deletes_nothing(house: House) -> None:
             await house.rows("UPDATE leader SET epoch = epoch + 1 RETURNING 1")
             with pytest.raises(NotLeaderError):
                 await leader.work.output_work.erasure.round()
+
+    run(main())
+    assert (house.outputs / path).exists()
+
+
+def test_who_is_followed_between_two_steps_deletes_nothing(house: House) -> None:
+    path = house.make()
+
+    def at(effect: str) -> None:
+        if effect == "begin hide":
+            thread = Thread(target=lambda: run(house.rows("UPDATE leader SET epoch = epoch + 1 RETURNING 1")))
+            thread.start()
+            thread.join()
+
+    async def main() -> None:
+        async with house.leading(at) as leader:
+            await known(leader)
+            await ask(house, path)
+            with pytest.raises(NotLeaderError):
+                await work(leader)
 
     run(main())
     assert (house.outputs / path).exists()

@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from structlog.testing import capture_logs
@@ -79,6 +80,11 @@ def test_reads_before_the_window_and_while_it_was_hot_do_not_count(house: House)
             assert await house.rows(MOVES) == []
             assert await house.rows("SELECT recent_reads, access_count FROM generated_outputs") == [(1, 14)]
             await reads(house, path, 4)
+            since = "UPDATE generated_outputs SET reads_since = now() - make_interval(secs => $1) RETURNING 1"
+            await house.rows(since, 4000)
+            await promote(leader)
+            assert await house.rows(MOVES) == []
+            await house.rows(since, 3000)
             await promote(leader)
             assert await house.rows(MOVES) == [("promote", "done")]
 
@@ -122,7 +128,7 @@ def test_while_its_day_is_in_its_grace_it_waits(house: House) -> None:
 
 
 def test_one_whose_object_is_gone_keeps_no_other_from_coming(house: House) -> None:
-    lost, good = house.make(content=b"lost"), house.make(content=b"good")
+    lost, good = (house.make(content=name, name=str(UUID(int=at))) for at, name in enumerate((b"lost", b"good")))
 
     async def main() -> None:
         async with house.leading() as leader:
@@ -132,7 +138,9 @@ def test_one_whose_object_is_gone_keeps_no_other_from_coming(house: House) -> No
             for path in (lost, good):
                 await reads(house, path, 5)
             with capture_logs():
-                await promote(leader)
+                for _ in range(2):
+                    await promote(leader)
+            assert len(await house.rows(MOVES)) == 1, "it is not tried again and again"
 
     run(main())
     assert (house.outputs / good).read_bytes() == b"good"

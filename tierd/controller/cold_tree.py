@@ -112,6 +112,12 @@ def _stubs_in(tree: HotTree, directory: bytes, *, hidden: bool = False) -> list[
         return found
 
 
+def origins_of(tree: HotTree, directory: bytes) -> dict[int, Origin]:
+    """What is known of stubs of a directory, by inode number, also of those that are gone."""
+    with opened_layer(tree, directory) as layer:
+        return _origins(layer) if layer is not None else {}
+
+
 def _origins(layer: Layer) -> dict[int, Origin]:
     try:
         fd = os.open(ORIGINS, _DIRECTORY, dir_fd=layer.base)

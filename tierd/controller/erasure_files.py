@@ -1,9 +1,9 @@
 """What the deletion of an output does in the source: its file, its stub, its copy in the trash go. Decides nothing.
 
-Only what was there when the deletion was planned goes: a file is that one by inode, size and time of modification, a
-stub by its inode and what it stands for. A name is first moved aside and looked at there, where nobody reaches it by
-name; what is another file by now goes back. Blocking, any thread; each call is harmless to repeat, and callers see to
-it that one process at a time deletes.
+Only what was there when the deletion was planned goes: a file is that one by inode, size and time of modification (its
+own, or its stub's, whichever a move put there since), a stub by what it stands for. A name is first moved aside and
+looked at there, where nobody reaches it by name; what is another file by now goes back. Blocking, any thread; each call
+is harmless to repeat, and callers see to it that one process at a time deletes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Final, NamedTuple
 from uuid import UUID
 
@@ -41,7 +42,8 @@ class Standing(NamedTuple):
 
 
 class Tombstone(NamedTuple):
-    """An output that is deleted, and what there was of it. `keep`: versions whose objects stay."""
+    """An output that is deleted, and what there was of it. `keep`: versions whose objects stay; `thorough`: none does,
+    wherever users may have taken a stub."""
 
     output_id: UUID
     user: str
@@ -52,8 +54,8 @@ class Tombstone(NamedTuple):
     size: int | None
     mtime_ns: int | None
     stub: int | None
-    trash: int | None
     gone: bool
+    thorough: bool
 
     @property
     def name(self) -> bytes:
@@ -67,7 +69,7 @@ class Tombstone(NamedTuple):
 
 
 class ErasureFiles:
-    """Of one erasure, whose outputs lie in one `directory`, relative to the source."""
+    """Some outputs of one erasure, which lie in one `directory`, relative to the source. To be made anew for others."""
 
     def __init__(self, tree: HotTree, directory: bytes, number: int, at: At) -> None:
         self._tree = tree
@@ -77,32 +79,44 @@ class ErasureFiles:
 
     def look(self, names: Sequence[bytes]) -> list[Standing]:
         """What names mean. Raises OSError."""
-        stubs = {found.name: found for found in cold_tree.all_stubs(self._tree, self._directory)}
         with self._tree.directory_if_there(self._directory) as fd:
             found = [stat_of(fd, name) if fd is not None else None for name in names]
+        with opened_layer(self._tree, self._directory) as layer:
+            stubs = [stat_of(layer.stubs, name) if layer is not None else None for name in names]
         return [
             Standing(
                 version_of(st) if st is not None and stat.S_ISREG(st.st_mode) else None,
-                stubs[name].inode if name in stubs and self._is_of(stubs[name]) else None,
+                stub.st_ino if stub is not None and stub.st_ino in self._origins.get(name, ()) else None,
             )
-            for name, st in zip(names, found, strict=True)
+            for name, st, stub in zip(names, found, stubs, strict=True)
         ]
 
-    def _is_of(self, found: cold_tree.StubName) -> bool:
-        """A stub that stands for what had this name, not for what users renamed to here."""
-        origin = found.origin
-        return origin is not None and (origin.model_id.encode(), origin.path) == (self._directory, found.name)
+    @cached_property
+    def _origins(self) -> dict[bytes, dict[int, int]]:
+        """What stubs stand for, by the name that the file had: versions by inode. Read once: what comes later is of
+        later outputs."""
+        found: dict[bytes, dict[int, int]] = {}
+        for inode, origin in cold_tree.origins_of(self._tree, self._directory).items():
+            if origin.model_id.encode() == self._directory:
+                found.setdefault(origin.path, {})[inode] = origin.version
+        return found
 
-    def hide(self, dead: Tombstone, move: int | None) -> bool:
-        """Its name means nothing any more, nor does the trash of a demotion, `move`, have it: False if that has another
-        file of its name, of an output that was written later. Raises OSError."""
+    def hide(self, dead: Tombstone, move: int | None) -> None:
+        """Its name means nothing any more; the trash of the demotion `move`, which has it, has it no more. Raises
+        OSError."""
         with self._tree.directory_if_there(self._directory) as fd:
             if fd is not None:
                 self._remove(fd, dead.name, b"hot", lambda st: _is_file_of(st, dead))
         with opened_layer(self._tree, self._directory) as layer:
-            if layer is not None and dead.stub is not None:
-                self._remove(layer.stubs, dead.name, b"cold", lambda st: st.st_ino == dead.stub and is_cold(st))
-        return move is not None and self._empty_trash(dead, move)
+            if layer is not None:
+                stubs = self._stubs_of(dead)
+                self._remove(layer.stubs, dead.name, b"cold", lambda st: _is_stub_of(st, dead, stubs))
+        if move is not None:
+            self._empty_trash(dead, move)
+
+    def _stubs_of(self, dead: Tombstone) -> set[int]:
+        """Inodes of stubs for its objects; one that was written later has later ones."""
+        return {inode for inode, version in self._origins.get(dead.name, {}).items() if version <= dead.version}
 
     def _remove(self, fd: int, name: bytes, kind: bytes, is_it: _IsIt) -> None:
         aside = name + b"." + kind
@@ -132,22 +146,21 @@ class ErasureFiles:
         except FileExistsError:  # a third one has the name by now: it counts, and this one is kept
             log.error("output_left_aside", name=shown(name), trash=shown(self._aside), reason="another file is there")
 
-    def _empty_trash(self, dead: Tombstone, move: int) -> bool:
+    def _empty_trash(self, dead: Tombstone, move: int) -> None:
         with self._tree.directory_if_there(TRASH + b"/%d" % move) as trash:
-            st = stat_of(trash, dead.name) if trash is not None else None
-            if trash is None or st is None:
-                return True
-            if st.st_ino != dead.trash:
-                return False
+            if trash is None or stat_of(trash, dead.name) is None:
+                return
             self._at("delete from trash")
             os.unlink(dead.name, dir_fd=trash)
             self._at("deleted from trash")
-        return True
 
     def tidy(self, dead: Sequence[Tombstone]) -> None:
-        """Forget what the stubs stood for, and have all of it last. Raises OSError."""
+        """Forget what stubs stood for whose objects all go, and have it last. Raises OSError.
+
+        Of those that were removed on a node nothing is forgotten while there are stubs: one of them may be theirs.
+        """
         self._at("forget origins")
-        stubs = {one.stub for one in dead if one.stub is not None}
+        stubs = set().union(*(self._stubs_of(one) for one in dead if one.thorough))
         cold_tree.forget(self._tree, self._directory, stubs)
         with self._tree.directory_if_there(self._directory) as fd:
             if fd is not None:
@@ -162,8 +175,11 @@ class ErasureFiles:
         self._at("removed directories")
 
 
+def _is_stub_of(st: os.stat_result, dead: Tombstone, stubs: set[int]) -> bool:
+    """One of its stubs, cold, or with its bytes again and nobody has put it to its place yet."""
+    return st.st_ino in stubs and (is_cold(st) or _is_file_of(st, dead))
+
+
 def _is_file_of(st: os.stat_result, dead: Tombstone) -> bool:
-    """The file that was there, or its stub that got its bytes back meanwhile, unchanged."""
-    if st.st_mtime_ns == dead.mtime_ns and st.st_size == dead.size and st.st_ino == dead.inode:
-        return True
-    return dead.stub is not None and dead.inode is None and st.st_ino == dead.stub and not is_cold(st)
+    """The file that was there, or its stub that got its bytes back meanwhile."""
+    return st.st_ino in (dead.inode, dead.stub) and (st.st_size, st.st_mtime_ns) == (dead.size, dead.mtime_ns)

@@ -75,9 +75,15 @@ ADD_ERASURE: Final = """
 INSERT INTO output_erasures (wish_id, user_id, date, epoch) VALUES ($1, $2, $3, $4) RETURNING id
 """
 
+
+def _was(column: str) -> str:
+    """Of the file that is there, or comes back from the trash. Of one that was removed none may be there."""
+    return f"CASE WHEN $8 THEN NULL WHEN g.inode IS NULL THEN o.{column} ELSE g.{column} END"
+
+
 # Not one of which there are news since somebody looked: a restore may have put it back. He looks again.
 # $8: removed by somebody who did not ask for the objects: of those some may be needed elsewhere.
-BURY: Final = """
+BURY: Final = f"""
 WITH given AS (
     SELECT * FROM unnest($2::uuid[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $9::bigint[])
          AS g (output_id, inode, size_bytes, mtime_ns, ctime_ns, stub_inode, news)
@@ -85,14 +91,13 @@ WITH given AS (
     DELETE FROM generated_outputs o USING given g
     WHERE o.output_id = g.output_id AND o.news = g.news
       AND (NOT $8 OR o.removed_at IS NOT NULL AND o.vanished_at IS NOT NULL AND o.pending_since IS NULL)
-    RETURNING o.output_id, o.user_id, o.filename, greatest(o.version, o.reserved) AS version, o.loose, o.stub_version,
-              o.inode AS trash_inode
+    RETURNING o.*
 )
 INSERT INTO output_tombstones (erasure_id, output_id, user_id, filename, version, keep, inode, size_bytes, mtime_ns,
-                               ctime_ns, stub_inode, trash_inode)
-SELECT $1, g.output_id, o.user_id, o.filename, o.version,
-       CASE WHEN $8 THEN array_remove(o.loose || o.stub_version, NULL) ELSE '{}' END,
-       g.inode, g.size_bytes, g.mtime_ns, g.ctime_ns, g.stub_inode, o.trash_inode
+                               ctime_ns, stub_inode)
+SELECT $1, g.output_id, o.user_id, o.filename, greatest(o.version, o.reserved),
+       CASE WHEN $8 THEN array_remove(o.loose || o.stub_version, NULL) ELSE '{{}}' END,
+       {_was("inode")}, {_was("size_bytes")}, {_was("mtime_ns")}, {_was("ctime_ns")}, g.stub_inode
 FROM gone o JOIN given g USING (output_id)
 RETURNING output_id
 """
@@ -127,11 +132,13 @@ FROM output_erasures e WHERE e.id = $3
 HOLD: Final = "SELECT state FROM output_erasures WHERE id = $1 FOR UPDATE"
 
 TOMBSTONES: Final = """
-SELECT output_id, user_id, filename, version, keep, inode, size_bytes, mtime_ns, stub_inode, trash_inode, gone
+SELECT output_id, user_id, filename, version, keep, inode, size_bytes, mtime_ns, stub_inode, gone
 FROM output_tombstones WHERE erasure_id = $1 ORDER BY output_id
 """
 
 MOVE_OF_DAY: Final = "SELECT id FROM moves WHERE subject = $1 AND finished_at IS NULL FOR UPDATE"
+
+FILES_OF_MOVE: Final = "SELECT path, version FROM move_files WHERE move_id = $1 AND path = ANY ($2::bytea[])"
 
 LEAVE_MOVE: Final = "DELETE FROM move_files WHERE move_id = $1 AND path = ANY ($2::bytea[])"
 

@@ -167,19 +167,26 @@ class OutputBackup:
             self._at("began copy")
         if version is None:
             return  # there are news of it: the next round looks
-        sha256 = await self._run(self._put, one.path, version, found)
+        try:
+            sha256 = await self._run(self._put, one.path, version, found)
+        except (TierdError, OSError):
+            await self._drop_if_deleted(one, version)
+            raise
         self._at("end copy")
         async with self._books.writing() as connection:
             seconds = await books.end_copy(connection, one, version, sha256)
         self._at("ended copy")
         if seconds is not None:
             self._metrics.backed_up(seconds)
-        elif not await self._is_known(one):  # it was deleted meanwhile: so shall this copy be
-            await self._run(self._store.delete, self._settings.bucket, key_of(self._files.root, one.path, version))
+        else:
+            await self._drop_if_deleted(one, version)
 
-    async def _is_known(self, one: Pending) -> bool:
+    async def _drop_if_deleted(self, one: Pending, version: int) -> None:
+        """Of an output that was deleted while it was copied there shall be no object, either."""
         async with self._books.writing() as connection:
-            return bool(await connection.fetchval(sql.IS_KNOWN, one.output_id))
+            known: bool = await connection.fetchval(sql.IS_KNOWN, one.output_id)
+        if not known:
+            await self._run(self._store.delete, self._settings.bucket, key_of(self._files.root, one.path, version))
 
     def _put(self, path: bytes, version: int, expected: FileVersion) -> str:
         """Store the file, read the object to its end; its SHA-256. Raises OutputChanged, ObjectError, OSError."""

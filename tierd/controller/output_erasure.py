@@ -14,7 +14,7 @@ Contract: one leader's, one task calls `round`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import structlog
 
@@ -134,7 +134,8 @@ class OutputErasure:
 
     async def _tombstones(self, one: Erasure) -> list[Tombstone]:
         async with self._shop.books.writing() as connection:
-            return [_tombstone(row) for row in await connection.fetch(sql.TOMBSTONES, one.id)]
+            rows = await connection.fetch(sql.TOMBSTONES, one.id)
+        return [_tombstone(row, thorough=one.wish_id is not None) for row in rows]
 
     # --- planned: names go ---
 
@@ -144,23 +145,33 @@ class OutputErasure:
             async with self._shop.fenced("hide", None) as fence:
                 await self._hold(fence, one)
                 move = await self._move_in_grace(fence.connection, one)
-                done = await self._shop.effect(self._hide_some, one, fence, todo, move)
-                if move is not None:
-                    await fence.connection.execute(sql.LEAVE_MOVE, move, [name for name in done if name is not None])
+                taken = await self._taken(fence.connection, move, todo)
+                done = await self._shop.effect(self._hide_some, one, fence, todo, move, taken)
+                await fence.connection.execute(sql.LEAVE_MOVE, move, list(taken & {dead.name for dead in done}))
                 todo = todo[len(done) :]
                 if not todo:
                     await fence.connection.execute(sql.UNCONFIRM, one.id)
                     await fence.connection.execute(sql.HIDDEN, one.id, self._shop.books.epoch)
                     return
 
-    def _hide_some(self, one: Erasure, fence: Fence, todo: Sequence[Tombstone], move: int | None) -> list[bytes | None]:
-        """As many as there is time for; the names of those that the trash of the demotion has no more."""
-        if not one.date:
-            return []
+    def _hide_some(
+        self, one: Erasure, fence: Fence, todo: Sequence[Tombstone], move: int | None, taken: set[bytes]
+    ) -> list[Tombstone]:
+        """As many as there is time for."""
         files = self._files(one, fence)
-        done = [dead.name if files.hide(dead, move) else None for dead in fence.batch(todo)]
-        files.tidy(todo[: len(done)])
+        done = []
+        for dead in fence.batch(todo):
+            files.hide(dead, move if dead.name in taken else None)
+            done.append(dead)
+        if done:
+            files.tidy(done)
         return done
+
+    async def _taken(self, connection: Connection, move: int | None, todo: Sequence[Tombstone]) -> set[bytes]:
+        """Names of those that a demotion has in its trash. What was written and demoted later has a later version."""
+        rows = await connection.fetch(sql.FILES_OF_MOVE, move, [dead.name for dead in todo])
+        versions = {row["path"]: row["version"] for row in rows}
+        return {dead.name for dead in todo if versions.get(dead.name, dead.version + 1) <= dead.version}
 
     async def _move_in_grace(self, connection: Connection, one: Erasure) -> int | None:
         """The demotion that has files of the day in its trash, if there is one; locked. One that has changed nothing
@@ -238,7 +249,7 @@ class OutputErasure:
             await fence.connection.execute(sql.DROP, one.id)
 
 
-def _tombstone(row: tuple[object, ...]) -> Tombstone:
-    dead = Tombstone(*row)  # type: ignore[arg-type]
-    unsigned = [None if number is None else number % _BIGINT for number in (dead.inode, dead.stub, dead.trash)]
-    return dead._replace(inode=unsigned[0], stub=unsigned[1], trash=unsigned[2])
+def _tombstone(row: Any, *, thorough: bool) -> Tombstone:
+    dead = Tombstone(*(*row, thorough))
+    unsigned = [None if number is None else number % _BIGINT for number in (dead.inode, dead.stub)]
+    return dead._replace(inode=unsigned[0], stub=unsigned[1])

@@ -105,7 +105,7 @@ class OutputPromotion:
             rows = await connection.fetch(_TAKE, *self._enough, user, date, _FILES_MAX)
             if not rows:
                 raise MoveRefused("nothing of it is wanted any more")
-            detail = {"outputs": {"user": user, "date": date}, "names": [row["filename"] for row in rows]}
+            detail = {"outputs": {"user": user, "date": date}, "names": sorted(row["filename"] for row in rows)}
             size = sum(row["size_bytes"] for row in rows)
             reason = f"read {self._settings.outputs_promote_accesses} times or more"
             values = connection, self._shop.books, MoveKind.PROMOTE, subject, reason

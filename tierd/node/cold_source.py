@@ -268,9 +268,14 @@ class ColdSource(PosixSource):
                 os.unlink(name, dir_fd=layer.fd)
                 return super().unlink(dir_fd, name, about)
 
-            change = super().unlink(layer.fd, name, lambda st: about(stub.of(st)))
-            if stub.cold and stub.origin is not None and _is_gone(change):
-                ended(stub.origin)
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=layer.fd)
+            try:
+                held = os.fstat(fd).st_ino
+                change = super().unlink(layer.fd, name, lambda st: about(stub.of(st)))
+                if stub.cold and stub.origin is not None and held == change.before.st_ino and _is_gone(fd):
+                    ended(stub.origin)
+            finally:
+                os.close(fd)
             return Change(*(stub.of(st) for st in change))
 
     def rmdir(self, dir_fd: int, name: bytes, about: About = lambda st: None) -> Change:
@@ -389,9 +394,12 @@ class ColdSource(PosixSource):
                 os.unlink(name, dir_fd=layer.fd)
 
 
-def _is_gone(change: Change) -> bool:
-    """It had its last name. (A source that has forgotten the inode tells of it as it was before.)"""
-    return change.after.st_nlink == 0 or (change.before.st_nlink == 1 and change.after == change.before)
+def _is_gone(fd: int) -> bool:
+    """It had its last name; in doubt it had not. The source itself is asked: another node may have made a link."""
+    try:
+        return forced_stat(fd).st_nlink == 0
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ESTALE)
 
 
 def _follow(layer: Layer, stub: Stub) -> None:

@@ -52,7 +52,6 @@ CREATE TABLE output_tombstones (                    -- outputs that are deleted,
     mtime_ns   bigint,
     ctime_ns   bigint,
     stub_inode bigint,                              -- of the stub that is deleted; NULL: none
-    trash_inode bigint,                             -- of the file that a demotion has in the trash, if it has one
     gone       boolean      NOT NULL DEFAULT false, -- the object store says so
     PRIMARY KEY (erasure_id, output_id)
 );
