@@ -298,6 +298,30 @@ def test_one_that_is_deleted_while_it_is_packed_leaves_no_object(house: House) -
     assert run(state(house)) == []
 
 
+def test_rm_in_the_grace_deletes_both_objects(house: House) -> None:
+    path = house.make(content=CONTENT)
+
+    async def main() -> None:
+        async with house.leading(outputs_compress_after_days=DAYS) as leader:
+            await make_cold(house, leader)
+            await compress(leader)
+            stub_path(house.outputs / path).unlink()
+            await house.told(path, removed_age_ns=1, ended=2)
+            await leader.back_up()
+            while await leader.work.output_work.deletion.round():
+                pass
+            for _ in range(3):
+                await leader.work.output_work.erasure.round()
+            assert await house.rows("SELECT 1 FROM generated_outputs") == []
+            await end_grace(house)
+            await compress(leader)
+            await compress(leader)
+
+    run(main())
+    assert (house.object(path, 1), house.object(path, 2)) == (None, None)
+    assert run(state(house)) == []
+
+
 def test_who_an_image_was_of_is_forgotten_with_it(house: House) -> None:
     house.make(content=b"no image")
 

@@ -59,21 +59,18 @@ BEGIN_SWITCH: Final = """
 UPDATE output_compressions SET state = 'switching', size_bytes = $2, sha256 = $3 WHERE id = $1
 """
 
-# Whoever renames or links the stub from now on may take the one or the other ($2) with him: `rm` keeps both.
+# Whoever renames or links the stub from now on may take this one with him, and nobody know of it: `rm` keeps it.
 ADD_LOOSE: Final = "UPDATE generated_outputs SET loose = array_append(loose, $2::int) WHERE output_id = $1"
 
-# A stub that stands for $2 did so for $5 before; nobody knows that of every one.
+# The stub that stood for $5 is gone, and had no other name: the one that took its place stands for $2.
 SET_VERSION: Final = """
 UPDATE generated_outputs
 SET version = $2, size_bytes = $3, sha256 = $4,
     stub_version = CASE WHEN stub_version = $5::int THEN $2 ELSE stub_version END,
     stub_inode = $6,
-    loose = array_append(array_remove(loose, $2), $5::int)
+    loose = array_remove(loose, $2)
 WHERE output_id = $1
 """
-
-# Nothing stands for the original any more.
-TIGHTEN: Final = "UPDATE generated_outputs SET loose = array_remove(loose, $2::int) WHERE output_id = $1"
 
 BEGIN_GRACE: Final = """
 UPDATE output_compressions

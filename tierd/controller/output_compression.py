@@ -196,7 +196,6 @@ class OutputCompressions:
             if reason:
                 await fence.connection.execute(sql.FINISH, one.id, "kept", f"the original stays: {reason}")
             else:
-                await fence.connection.execute(sql.TIGHTEN, one.output_id, one.old_version)
                 await fence.connection.execute(sql.SET_DELETING, one.id)
 
     async def _needed(self, connection: Connection, one: Compression) -> str:
