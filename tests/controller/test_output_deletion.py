@@ -605,11 +605,12 @@ def test_a_deletion_killed_between_any_two_steps_ends(house: House, where: str) 
 
 def test_one_that_is_restored_while_its_deletion_is_planned_goes_too(house: House) -> None:
     path = house.make(content=b"content")
+    restored = house.write("draft", b"content")
 
     async def main() -> None:
         def restore(effect: str) -> None:
-            if effect == "begin bury" and not (house.outputs / path).exists():
-                house.write(path, b"content")
+            if effect == "begin bury" and (house.outputs / restored).exists():
+                (house.outputs / restored).rename(house.outputs / path)
                 house.meanwhile("UPDATE generated_outputs SET news = news + 1")
 
         async with house.leading(restore) as leader:
