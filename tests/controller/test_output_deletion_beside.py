@@ -383,3 +383,26 @@ def test_a_source_that_is_not_mounted_is_waited_for(house: House, planned: bool)
 
     run(main())
     assert (read(house, path), objects(house)) == (None, [])
+
+
+def test_what_no_row_knows_goes_also_if_the_source_was_not_mounted_at_first(house: House) -> None:
+    house.make(content=b"known")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await known(leader)
+            unknown = house.make(f"{USER}/2026/01/13", content=b"unknown")
+            wish = await ask(house, None)
+            house.outputs.rename(house.root / "elsewhere")
+            with capture_logs() as logs:
+                for _ in range(2):
+                    await work(leader)
+            assert [line["event"] for line in logs] == ["deletions_wait"]
+            (house.root / "elsewhere").rename(house.outputs)
+            for _ in range(2):
+                await house.rows("UPDATE output_erasures SET try_at = now() RETURNING 1")
+                await work(leader)
+            assert (await standing(house, wish)).deleted_everywhere
+            assert not (house.outputs / unknown).exists()
+
+    run(main())
