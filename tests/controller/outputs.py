@@ -35,7 +35,7 @@ from tierd.controller.work import Work
 from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import object_key
-from tierd.objects.store import Stored
+from tierd.objects.store import ObjectStore, Stored
 from tierd.output_metrics import OutputMetrics
 from tierd.postgres import Database
 from tierd.stub_files import is_cold, read_origins
@@ -56,11 +56,13 @@ class House:
     root: Path
     dsn: str
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    objects: ObjectStore | None = None
+    """A directory by default."""
 
     def __post_init__(self) -> None:
         (self.root / "source/outputs").mkdir(parents=True)
         (self.root / "objects").mkdir()
-        self.store = DirectoryStore(self.root / "objects")
+        self.store = self.objects or DirectoryStore(self.root / "objects")
         self.metrics = OutputMetrics(self.registry)
 
     @property

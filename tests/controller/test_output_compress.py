@@ -258,6 +258,32 @@ def test_the_original_stays_if_anybody_might_need_it(
     assert house.object(path, 1) == CONTENT
 
 
+async def _took_elsewhere(house: House, leader: Leader, path: str) -> None:
+    """An earlier cold file of the same object was renamed, and the same bytes written again."""
+    await house.rows("UPDATE generated_outputs SET loose = ARRAY[1] RETURNING 1")
+
+
+@pytest.mark.parametrize("when", ["in the grace", "before"])
+def test_an_original_that_another_cold_file_may_stand_for_stays(house: House, when: str) -> None:
+    path = house.make(content=CONTENT)
+
+    async def main() -> None:
+        async with house.leading(outputs_compress_after_days=DAYS) as leader:
+            await make_cold(house, leader)
+            if when == "before":
+                await _took_elsewhere(house, leader, path)
+            await compress(leader)
+            await _took_elsewhere(house, leader, path)
+            await end_grace(house)
+            await compress(leader)
+
+    run(main())
+    assert house.object(path, 1) == CONTENT
+    assert run(state(house)) == (
+        [("kept", "the original stays: another cold file may stand for it")] if when == "in the grace" else []
+    )
+
+
 def test_one_that_is_written_again_gets_a_version_of_its_own(house: House) -> None:
     path = house.make(content=CONTENT)
 
@@ -298,6 +324,30 @@ def test_one_that_is_deleted_while_it_is_packed_leaves_no_object(house: House) -
     assert run(state(house)) == []
 
 
+def test_rm_in_the_grace_deletes_both_objects(house: House) -> None:
+    path = house.make(content=CONTENT)
+
+    async def main() -> None:
+        async with house.leading(outputs_compress_after_days=DAYS) as leader:
+            await make_cold(house, leader)
+            await compress(leader)
+            stub_path(house.outputs / path).unlink()
+            await house.told(path, removed_age_ns=1, ended=2)
+            await leader.back_up()
+            while await leader.work.output_work.deletion.round():
+                pass
+            for _ in range(3):
+                await leader.work.output_work.erasure.round()
+            assert await house.rows("SELECT 1 FROM generated_outputs") == []
+            await end_grace(house)
+            await compress(leader)
+            await compress(leader)
+
+    run(main())
+    assert (house.object(path, 1), house.object(path, 2)) == (None, None)
+    assert run(state(house)) == []
+
+
 def test_who_an_image_was_of_is_forgotten_with_it(house: House) -> None:
     house.make(content=b"no image")
 
@@ -317,7 +367,7 @@ def compressions(leader: Leader, at: Callable[[str], None]) -> OutputCompression
     work = leader.work
     files = work.output_files
     where = work.store, work.output_backup.bucket
-    return OutputCompressions(work.database, work.epoch, files.tree, files.root, *where, 3600.0, at)
+    return OutputCompressions(work.database, work.epoch, files.tree, files.root, *where, 3600.0, 0.0, at)
 
 
 async def whole(house: House, leader: Leader, path: str, at: Callable[[str], None]) -> None:

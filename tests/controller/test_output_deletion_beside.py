@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -327,11 +328,11 @@ def test_nodes_are_told_again_and_again_until_they_confirm(house: House, url: st
             assert client.zrange(WAITING, 0, -1) == [], "somebody may open it from his cache of names"
             await house.rows("UPDATE output_erasures SET hidden_at = hidden_at - interval '1 min' RETURNING 1")
             for _ in range(2):
+                client.flushall()
                 await news.round()
                 ((number,),) = await house.rows("SELECT id FROM output_erasures")
                 assert client.zrange(WAITING, 0, -1) == [str(number).encode()]
                 assert decode(client.get(key_of(number)) or b"") == {f"outputs/{path}".encode()}
-                client.flushall()
             await confirm(house, "gpu-1")
             await news.round()
             assert client.zrange(WAITING, 0, -1) == []
@@ -340,8 +341,10 @@ def test_nodes_are_told_again_and_again_until_they_confirm(house: House, url: st
 
 
 @pytest.mark.parametrize("where", ["hot", "in grace", "cold"])
-def test_deletion_in_a_juicefs_volume(juicefs: Path, schema: str, where: str) -> None:
-    house = House(Path(tempfile.mkdtemp(dir=juicefs)), schema)
+def test_deletion_in_a_juicefs_volume(juicefs: Path, house: House, where: str) -> None:
+    shutil.rmtree(house.root / "source")
+    (house.root / "source").symlink_to(tempfile.mkdtemp(dir=juicefs))
+    house.outputs.mkdir()
     gone, stays = house.make(content=b"gone"), house.make(content=b"stays")
 
     async def main() -> None:
@@ -356,3 +359,50 @@ def test_deletion_in_a_juicefs_volume(juicefs: Path, schema: str, where: str) ->
     run(main())
     assert (read(house, gone), read(house, stays)) == (None, b"stays")
     assert len(objects(house)) == 1
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_source_that_is_not_mounted_is_waited_for(house: House, planned: bool) -> None:
+    path = house.make(content=b"content")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await demoted(house, leader, grace_over=True)
+            wish = await ask(house, path)
+            if planned:
+                await plan(leader)
+            house.outputs.rename(house.root / "elsewhere")
+            with capture_logs():
+                await work(leader)
+            assert (await standing(house, wish)).hidden == 0
+            assert house.object(path) == b"content"
+            (house.root / "elsewhere").rename(house.outputs)
+            await house.rows("UPDATE output_erasures SET try_at = now() RETURNING 1")
+            await work(leader)
+            assert (await standing(house, wish)).deleted_everywhere
+
+    run(main())
+    assert (read(house, path), objects(house)) == (None, [])
+
+
+def test_what_no_row_knows_goes_also_if_the_source_was_not_mounted_at_first(house: House) -> None:
+    house.make(content=b"known")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await known(leader)
+            unknown = house.make(f"{USER}/2026/01/13", content=b"unknown")
+            wish = await ask(house, None)
+            house.outputs.rename(house.root / "elsewhere")
+            with capture_logs() as logs:
+                for _ in range(2):
+                    await work(leader)
+            assert [line["event"] for line in logs] == ["deletions_wait"]
+            (house.root / "elsewhere").rename(house.outputs)
+            for _ in range(2):
+                await house.rows("UPDATE output_erasures SET try_at = now() RETURNING 1")
+                await work(leader)
+            assert (await standing(house, wish)).deleted_everywhere
+            assert not (house.outputs / unknown).exists()
+
+    run(main())

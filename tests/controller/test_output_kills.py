@@ -78,6 +78,16 @@ async def undo(outputs: Outputs, leader: Leader) -> None:
     await leader.back_up()
 
 
+async def promote(outputs: Outputs, leader: Leader) -> None:
+    """They were read often: the leader brings them, and whoever looks for backups finds that they are hot."""
+    if not await outputs.moves("promote"):
+        query = "UPDATE generated_outputs SET recent_reads = 5, reads_since = now() WHERE user_id = $1 RETURNING 1"
+        await outputs.house.rows(query, outputs.user)
+        await leader.work.output_work.promotion.round()
+    await outputs.go_on(leader)
+    await leader.back_up()
+
+
 @dataclass(frozen=True)
 class Case:
     """`prepare`, which nobody disturbs, then `act`."""
@@ -92,6 +102,7 @@ CASES = {
     "demote": Case(demote, ["in_grace"], hot=False),
     "delete": Case(demote_and_delete, ["done"], hot=False, prepare=demote),
     "undo": Case(undo, ["abandoned", "done"], hot=True, prepare=demote),
+    "promote": Case(promote, ["done", "done"], hot=True, prepare=demote_and_delete),
 }
 
 

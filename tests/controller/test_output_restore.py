@@ -161,6 +161,8 @@ def test_a_newer_file_is_never_replaced(house: House, change: Callable[[Path], N
             for damaged in (False, True):
                 counts, _ = await restore(house, leader, Wish(user=USER, damaged=damaged))
                 assert counts.get("restored", 0) == 0, counts
+            foreseen, _ = await restore(house, leader, Wish(user=USER, damaged=True, dry_run=True))
+            assert foreseen == {"lost" if change is _link else "changed": 1}
             assert (house.outputs / path).read_bytes() == before
 
     run(main())
@@ -194,6 +196,29 @@ def test_a_damaged_file_is_replaced_if_that_is_asked_for(house: House) -> None:
     assert os.getxattr(house.outputs / path, "user.seed") == b"42"
     assert (house.outputs / path).stat().st_mode & 0o777 == 0o604
     assert run(house.rows(ROW)) == [(True, True, 1, None, None)]
+    assert litter(house) == []
+
+
+@pytest.mark.parametrize("kind", ["lost", "damaged"])
+def test_one_that_is_written_this_moment_stays(house: House, kind: str) -> None:
+    path = house.make(content=b"content")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await known(leader)
+            if kind == "lost":
+                (house.outputs / path).unlink()
+            else:
+                damage(house.outputs / path)
+
+            def at(effect: str) -> None:
+                if effect == "made draft":
+                    (house.outputs / path).write_bytes(b"newer")
+
+            assert await carry_out(leader, Wish(user=USER, damaged=True), at) == {"changed": 1}
+
+    run(main())
+    assert (house.outputs / path).read_bytes() == b"newer"
     assert litter(house) == []
 
 

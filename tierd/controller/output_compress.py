@@ -5,9 +5,11 @@ Off unless `outputs_compress_after_days` is set; what was begun before comes to 
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 import structlog
@@ -24,6 +26,8 @@ log = structlog.get_logger(__name__)
 
 _PAGE: Final = 200
 _ERRORS_MAX: Final = 10
+_AT_ONCE: Final = 4
+_Item = TypeVar("_Item")
 
 
 async def compress_old_outputs(context: Context) -> Outcome:
@@ -53,7 +57,7 @@ class _Run:
         self._left = settings.outputs_compress_max
         self._one = OutputCompressions(
             *(work.database, work.epoch, work.output_files.tree, work.output_files.root, work.store),
-            *(work.output_backup.bucket, settings.outputs_grace),
+            *(work.output_backup.bucket, settings.outputs_grace, work.moves.workshop.settings.settle),
         )
         self._endings: Counter[str] = Counter()
         self._saved = 0
@@ -78,11 +82,10 @@ class _Run:
         while not self._is_enough():
             async with self._context.work.database.connection() as connection:
                 rows = await connection.fetch(sql.UNFINISHED, after, _PAGE)
-            for row in rows:
-                after = row["id"]
-                await self._advance(after)
             if not rows:
                 return
+            after = rows[-1]["id"]
+            await self._each([row["id"] for row in rows], self._advance)
 
     async def begin_more(self) -> None:
         """Those that are due, as many as a run takes."""
@@ -93,14 +96,28 @@ class _Run:
             if not rows:
                 return
             after = rows[-1]["created_at"], rows[-1]["output_id"]
-            for row in rows:
-                if self._is_enough():
-                    return
-                self._left -= 1
-                begun = await self._one.begin(row["output_id"], self.days)
-                if begun is not None:
-                    await self._advance(begun)
+            await self._each([row["output_id"] for row in rows], self._begin)
             await self._context.tell(f"{self._endings.total()} images looked at, {self._saved} bytes saved")
+
+    async def _each(self, items: Sequence[_Item], call: Callable[[_Item], Awaitable[None]]) -> None:
+        """Some at once, because most of their time they wait for nodes."""
+        for start in range(0, len(items), _AT_ONCE):
+            if self._is_enough():
+                return
+            tasks = [asyncio.ensure_future(call(item)) for item in items[start : start + _AT_ONCE]]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _begin(self, output_id: UUID) -> None:
+        if self._left > 0:
+            self._left -= 1
+            begun = await self._one.begin(output_id, self.days)
+            if begun is not None:
+                await self._advance(begun)
 
     def _is_enough(self) -> bool:
         return self._left <= 0 or self._endings["failed"] > _ERRORS_MAX

@@ -8,7 +8,7 @@ from typing import Final
 _MAY_BE: Final = """
     o.cold_storage AND NOT o.hot_storage AND o.pending_since IS NULL AND o.vanished_at IS NULL
     AND lower(right(o.filename, 4)) = '.png' AND o.size_bytes BETWEEN 1 AND $1
-    AND o.created_at < now() - $2 * interval '1 day'
+    AND o.created_at < now() - $2 * interval '1 day' AND NOT o.version = ANY (o.loose)
     AND NOT EXISTS (SELECT FROM output_compressions c WHERE c.output_id = o.output_id
                     AND (c.finished_at IS NULL OR o.version IN (c.old_version, c.version)))
     AND NOT EXISTS (SELECT FROM moves m WHERE m.finished_at IS NULL
@@ -38,7 +38,7 @@ RETURNING id
 """
 
 _COLUMNS: Final = """
-id, output_id, user_id, filename, old_version, old_size, old_sha256, version, size_bytes, sha256, state
+id, output_id, user_id, filename, old_version, old_size, old_sha256, version, size_bytes, sha256, old_stub, state
 """
 ONE: Final = f"SELECT {_COLUMNS} FROM output_compressions WHERE id = $1"
 
@@ -55,27 +55,30 @@ SELECT version = $2 AND sha256 = $3 AND cold_storage AND NOT hot_storage AND pen
 FROM generated_outputs WHERE output_id = $1 FOR UPDATE
 """
 
+# Another cold file may stand for it: one that users took elsewhere.
+IS_LOOSE: Final = "SELECT $2::int = ANY (loose) FROM generated_outputs WHERE output_id = $1"
+
 BEGIN_SWITCH: Final = """
 UPDATE output_compressions SET state = 'switching', size_bytes = $2, sha256 = $3 WHERE id = $1
 """
 
-# Whoever renames or links the stub from now on may take the one or the other ($2) with him: `rm` keeps both.
+# Whoever renames or links the stub from now on may take this one with him, and nobody know of it: `rm` keeps it.
 ADD_LOOSE: Final = "UPDATE generated_outputs SET loose = array_append(loose, $2::int) WHERE output_id = $1"
 
-# A stub that stands for $2 did so for $5 before; nobody knows that of every one.
+# The stub that stood for $5 is gone, and had no other name: the one that took its place stands for $2.
 SET_VERSION: Final = """
 UPDATE generated_outputs
 SET version = $2, size_bytes = $3, sha256 = $4,
     stub_version = CASE WHEN stub_version = $5::int THEN $2 ELSE stub_version END,
-    loose = array_append(array_remove(loose, $2), $5::int)
+    stub_inode = $6,
+    loose = array_remove(loose, $2)
 WHERE output_id = $1
 """
 
-# Nothing stands for the original any more.
-TIGHTEN: Final = "UPDATE generated_outputs SET loose = array_remove(loose, $2::int) WHERE output_id = $1"
-
 BEGIN_GRACE: Final = """
-UPDATE output_compressions SET state = 'in_grace', reason = '', try_at = now() + $2 * interval '1 second' WHERE id = $1
+UPDATE output_compressions
+SET state = 'in_grace', reason = '', try_at = now() + $2 * interval '1 second', old_stub = $3
+WHERE id = $1
 """
 
 SET_DELETING: Final = "UPDATE output_compressions SET state = 'deleting', reason = '' WHERE id = $1"

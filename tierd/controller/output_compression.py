@@ -6,7 +6,8 @@ back (`making`); its stub and then its row say the new version (`switching`); th
 that somebody renamed or linked elsewhere could stand for the original. The row of `output_compressions` stays: it says
 which object took the place of which.
 
-Contract: one leader's, one task. `at` is told of each effect, before and after it.
+Contract: one leader's; each compression is advanced by one task at a time. `at` is told of each effect, before and
+after it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from uuid import UUID
 import structlog
 
 from tierd.controller import output_compress_sql as sql
-from tierd.controller.cold_stub import NoPlainStub, restate, stands_for
+from tierd.controller.cold_stub import NoPlainStub, Swap, forget, stands_for
 from tierd.controller.hot_tree import HotTree, joined
 from tierd.controller.move_books import Books, StateChanged
 from tierd.controller.move_workshop import Fence
 from tierd.controller.output_backup import day_id, key_of
+from tierd.controller.output_books import signed
 from tierd.controller.recoding import CannotRecode, recoded
 from tierd.objects.keys import shown
 from tierd.objects.store import ObjectDamaged, ObjectMissing, ObjectStore, Place, Stored
@@ -55,6 +57,8 @@ class Compression(NamedTuple):
     old: Stored
     version: int
     new: Stored | None
+    old_stub: int | None
+    """The inode of the stub that stood for the original, as PostgreSQL has it."""
     state: str
 
     @property
@@ -64,7 +68,7 @@ class Compression(NamedTuple):
 
 
 class OutputCompressions:
-    """See the module. `root` is the outputs root."""
+    """See the module. `root` is the outputs root; `settle_s`: for so long nodes may know a directory as it was."""
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class OutputCompressions:
         store: ObjectStore,
         bucket: str,
         grace_s: float,
+        settle_s: float,
         at: Callable[[str], None] = lambda effect: None,
     ) -> None:
         self._database = database
@@ -84,7 +89,9 @@ class OutputCompressions:
         self._store = store
         self._bucket = bucket
         self._grace_s = max(grace_s, GRACE_SECONDS_MIN)
+        self._settle_s = settle_s
         self._at = at
+        self._recoding = asyncio.Semaphore(1)
         self._steps: dict[str, Callable[[Compression], Awaitable[None]]] = {
             "making": self._make,
             "switching": self._switch,
@@ -121,7 +128,8 @@ class OutputCompressions:
     async def _make(self, one: Compression) -> None:
         content = await asyncio.to_thread(self._fetch, one)
         try:
-            packed = await recoded(content)
+            async with self._recoding:
+                packed = await recoded(content)
             if len(packed) > len(content) * (1 - SAVING_MIN):
                 raise CannotRecode(f"it would save less than {SAVING_MIN:.0%}")
         except CannotRecode as error:
@@ -144,19 +152,35 @@ class OutputCompressions:
             await fence.connection.execute(sql.FORGET, one.id)
 
     async def _switch(self, one: Compression) -> None:
+        """A stub that stands for the new object takes the place of the one that is there; then the row says so."""
         assert one.new is not None
-        async with self._fenced("restate", one) as fence:
-            if await self._is_still(fence.connection, one, one.old_version, one.old):
-                try:
-                    await self._restate(fence, one, self._origin(one, old=True), self._origin(one))
-                except NoPlainStub as error:
-                    await fence.connection.execute(sql.FINISH, one.id, "kept", str(error))
-                    return
-                await self._set_version(fence.connection, one, one.version, one.new, one.old_version)
-                await fence.connection.execute(sql.BEGIN_GRACE, one.id, self._grace_s)
-                return
-            # A stub may stand for either: whoever renamed it took with him what it stood for.
-            await fence.connection.execute(sql.FINISH, one.id, "kept", "it was written to, or went, meanwhile")
+        swap = self._swap(one, self._origin(one, old=True), self._origin(one))
+        why = "it was written to, or went, meanwhile"
+        try:
+            async with self._fenced("announce", one) as fence:
+                still = await self._is_still(fence.connection, one, one.old_version, one.old)
+                if still:
+                    await asyncio.to_thread(swap(fence).announce)
+            if still:
+                await asyncio.sleep(self._settle_s)
+                async with self._fenced("exchange", one) as fence:
+                    if await self._is_still(fence.connection, one, one.old_version, one.old):
+                        stubs = await asyncio.to_thread(swap(fence).exchange)
+                        await self._set_version(
+                            fence.connection, one, (one.version, one.new), one.old_version, stubs[0]
+                        )
+                        await fence.connection.execute(sql.BEGIN_GRACE, one.id, self._grace_s, stubs[1])
+                        return
+        except NoPlainStub as error:
+            why = str(error)
+        # A stub may stand for either: whoever renamed it took with him what it stood for.
+        async with self._fenced("keep both", one) as fence:
+            await asyncio.to_thread(swap(fence).discard)
+            await fence.connection.execute(sql.FINISH, one.id, "kept", why)
+
+    def _swap(self, one: Compression, old: Origin, new: Origin) -> Callable[[Fence], Swap]:
+        """Within a fence."""
+        return lambda fence: Swap(self._tree, self._place(one), old, new, b"%d" % one.id, fence.at)
 
     async def _end_grace(self, one: Compression) -> None:
         assert one.new is not None
@@ -172,7 +196,6 @@ class OutputCompressions:
             if reason:
                 await fence.connection.execute(sql.FINISH, one.id, "kept", f"the original stays: {reason}")
             else:
-                await fence.connection.execute(sql.TIGHTEN, one.output_id, one.old_version)
                 await fence.connection.execute(sql.SET_DELETING, one.id)
 
     async def _needed(self, connection: Connection, one: Compression) -> str:
@@ -180,6 +203,8 @@ class OutputCompressions:
         assert one.new is not None
         if not await self._is_still(connection, one, one.version, one.new):
             return "the output is hot, was written to, or went"
+        if await connection.fetchval(sql.IS_LOOSE, one.output_id, one.old_version):
+            return "another cold file may stand for it"
         try:
             right = await asyncio.to_thread(stands_for, self._tree, self._place(one), self._origin(one))
         except NoPlainStub as error:
@@ -190,21 +215,33 @@ class OutputCompressions:
         """The new object is lost: the original takes its place again, and both stay."""
         assert one.new is not None
         log.error("compressed_output_damaged", output=shown(one.path), consequence="the original takes its place")
-        async with self._fenced("revert", one) as fence:
-            if await self._is_still(fence.connection, one, one.version, one.new):
-                try:
-                    await self._restate(fence, one, self._origin(one), self._origin(one, old=True))
-                except NoPlainStub as error:
-                    await fence.connection.execute(sql.FINISH, one.id, "kept", f"the new object is damaged; {error}")
-                    return
-                await self._set_version(fence.connection, one, one.old_version, one.old, one.version)
-            await fence.connection.execute(sql.FINISH, one.id, "kept", "the new object was damaged")
+        swap = self._swap(one, self._origin(one), self._origin(one, old=True))
+        why = "the new object was damaged"
+        try:
+            async with self._fenced("announce the original", one) as fence:
+                still = await self._is_still(fence.connection, one, one.version, one.new)
+                if still:
+                    await asyncio.to_thread(swap(fence).announce)
+            if still:
+                await asyncio.sleep(self._settle_s)
+                async with self._fenced("revert", one) as fence:
+                    if await self._is_still(fence.connection, one, one.version, one.new):
+                        stub, _ = await asyncio.to_thread(swap(fence).exchange)
+                        await self._set_version(fence.connection, one, (one.old_version, one.old), one.version, stub)
+                        await fence.connection.execute(sql.FINISH, one.id, "kept", why)
+                        return
+        except NoPlainStub as error:
+            why = f"{why}; {error}"
+        await self._finish(one, "kept", why)
 
     async def _delete(self, one: Compression) -> None:
         async with self._fenced("delete the original", one) as fence:
             fence.at("delete object")
             await asyncio.to_thread(self._store.delete, self._bucket, self._key(one, one.old_version))
             fence.at("deleted object")
+            if one.old_stub is not None:
+                directory = self._place(one).rpartition(b"/")[0]
+                await asyncio.to_thread(forget, self._tree, directory, one.old_stub % (1 << 64))
             await fence.connection.execute(sql.FINISH, one.id, "done", "")
 
     # --- objects ---
@@ -249,17 +286,15 @@ class OutputCompressions:
 
     # --- books ---
 
-    async def _restate(self, fence: Fence, one: Compression, old: Origin, new: Origin) -> None:
-        await asyncio.to_thread(restate, self._tree, self._place(one), old, new, fence.at)
-
     async def _is_still(self, connection: Connection, one: Compression, version: int, stored: Stored) -> bool:
         return bool(await connection.fetchval(sql.STILL, one.output_id, version, bytes.fromhex(stored.sha256)))
 
     async def _set_version(
-        self, connection: Connection, one: Compression, version: int, stored: Stored, before: int
+        self, connection: Connection, one: Compression, now: tuple[int, Stored], before: int, stub: int
     ) -> None:
-        values = one.output_id, version, stored.size, bytes.fromhex(stored.sha256), before
-        await connection.execute(sql.SET_VERSION, *values)
+        version, stored = now
+        values = version, stored.size, bytes.fromhex(stored.sha256), before, signed(stub)
+        await connection.execute(sql.SET_VERSION, one.output_id, *values)
 
     async def _finish(self, one: Compression, state: str, reason: str) -> None:
         async with self._fenced("finish", one) as fence:
@@ -296,5 +331,6 @@ def _compression(row: Any) -> Compression:
         old=Stored(row["old_size"], row["old_sha256"].hex()),
         version=row["version"],
         new=new,
+        old_stub=row["old_stub"],
         state=row["state"],
     )

@@ -14,6 +14,7 @@ CREATE TABLE output_compressions (                   -- which object took the pl
     version     int          NOT NULL CHECK (version > old_version),   -- of the new object
     size_bytes  bigint       CHECK (size_bytes < old_size),            -- NULL until it was stored and compared
     sha256      bytea        CHECK (octet_length(sha256) = 32),
+    old_stub    bigint,                              -- inode of the stub that stood for the original; NULL: not known
     state       text         NOT NULL DEFAULT 'making' CHECK (state IN (
                     'making',                        -- nobody refers to the new object
                     'switching',                     -- a stub may stand for it
