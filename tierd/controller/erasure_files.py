@@ -19,11 +19,12 @@ from uuid import UUID
 import structlog
 
 from tierd.controller import cold_tree
+from tierd.controller.announcing import At
 from tierd.controller.cold_tree import opened_layer
 from tierd.controller.hot_tree import HotTree, stat_of
 from tierd.controller.output_books import FileVersion
 from tierd.controller.output_files import version_of
-from tierd.controller.stubbing import TRASH, At
+from tierd.controller.stubbing import TRASH
 from tierd.objects.keys import shown
 from tierd.stub_files import is_cold
 from tierd.syscalls import RENAME_NOREPLACE, renameat2
