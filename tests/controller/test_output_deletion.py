@@ -331,6 +331,28 @@ def test_an_object_that_a_renamed_cold_file_needs_stays(house: House) -> None:
     assert read(house, f"{DAY}/favourite.png") == b"first"
 
 
+def test_one_object_may_have_two_cold_files(house: House) -> None:
+    path = house.make(content=b"first")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await demoted(house, leader, grace_over=True)
+            stub_path(house.outputs / path).rename(house.outputs / DAY / ".tierd/cold/favourite.png")
+            house.write(path, b"first")  # a copy of it
+            await house.told(path, written_age_ns=0)
+            await leader.back_up()
+            await house.rows("UPDATE generated_outputs SET hot_since = now() - interval '30 days' RETURNING 1")
+            await leader.clean_up()
+            await end_grace(house)
+            await leader.work.moves.resume_all()
+            assert stub_path(house.outputs / path).exists()
+            await removed(house, leader, path, 1)
+            assert await house.rows(ROWS) == [(0,)]
+
+    run(main())
+    assert read(house, f"{DAY}/favourite.png") == b"first"
+
+
 @pytest.mark.parametrize("content", [b"first", b"changed"])
 def test_one_that_was_brought_back_and_removed_leaves_no_object(house: House, content: bytes) -> None:
     path = house.make(content=b"first")

@@ -359,3 +359,50 @@ def test_deletion_in_a_juicefs_volume(juicefs: Path, house: House, where: str) -
     run(main())
     assert (read(house, gone), read(house, stays)) == (None, b"stays")
     assert len(objects(house)) == 1
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_source_that_is_not_mounted_is_waited_for(house: House, planned: bool) -> None:
+    path = house.make(content=b"content")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await demoted(house, leader, grace_over=True)
+            wish = await ask(house, path)
+            if planned:
+                await plan(leader)
+            house.outputs.rename(house.root / "elsewhere")
+            with capture_logs():
+                await work(leader)
+            assert (await standing(house, wish)).hidden == 0
+            assert house.object(path) == b"content"
+            (house.root / "elsewhere").rename(house.outputs)
+            await house.rows("UPDATE output_erasures SET try_at = now() RETURNING 1")
+            await work(leader)
+            assert (await standing(house, wish)).deleted_everywhere
+
+    run(main())
+    assert (read(house, path), objects(house)) == (None, [])
+
+
+def test_what_no_row_knows_goes_also_if_the_source_was_not_mounted_at_first(house: House) -> None:
+    house.make(content=b"known")
+
+    async def main() -> None:
+        async with house.leading() as leader:
+            await known(leader)
+            unknown = house.make(f"{USER}/2026/01/13", content=b"unknown")
+            wish = await ask(house, None)
+            house.outputs.rename(house.root / "elsewhere")
+            with capture_logs() as logs:
+                for _ in range(2):
+                    await work(leader)
+            assert [line["event"] for line in logs] == ["deletions_wait"]
+            (house.root / "elsewhere").rename(house.outputs)
+            for _ in range(2):
+                await house.rows("UPDATE output_erasures SET try_at = now() RETURNING 1")
+                await work(leader)
+            assert (await standing(house, wish)).deleted_everywhere
+            assert not (house.outputs / unknown).exists()
+
+    run(main())

@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from tests.conftest import DirectoryFactory, MountFactory
+from tests.controller.controllers import Site, running, until
 from tests.controller.house import connected
 from tests.controller.outputs import DAY, House
 from tests.controller.reporting import controller_of
@@ -161,3 +162,33 @@ def test_a_redis_that_is_away_loses_no_news(
     (mount.mountpoint / "outputs" / DAY / f"{uuid4()}.wav").write_bytes(b"sound")
     redis_server.start()
     run(heard(house, url, "SELECT 1 FROM generated_outputs WHERE output_type = 'audio'"))
+
+
+@pytest.mark.campaign
+def test_a_controller_and_a_node_delete_what_is_removed_and_what_is_asked_for(
+    tmp_path: Path, database: str, overlay_mount: MountFactory, url: str, telling: dict[str, Any]
+) -> None:
+    """All of it, by processes of their own."""
+    password = telling["redis_password_file"]
+    site = Site(tmp_path, database, redis=telling["redis"], redis_password_file=str(password), nodes_report=True)
+    mount = overlay_mount(site.source, objects=str(site.objects), **telling)
+    day = mount.mountpoint / "outputs" / DAY
+    day.mkdir(parents=True)
+    removed, asked, stays = (day / f"{uuid4()}.png" for _ in range(3))
+    for file in (removed, asked, stays):
+        file.write_bytes(os.urandom(1000))
+
+    def stored(file: Path) -> bool:
+        return bool(list(site.objects.rglob(file.name)))
+
+    with running(site) as controller:
+        query = "SELECT count(*) FROM generated_outputs WHERE cold_storage"
+        until(lambda: site.value(query) == 3, SECONDS, controller.text)
+        removed.unlink()
+        words = ("outputs", "delete", "--user", DAY.split("/")[0], "--output", asked.stem, "--yes", "--wait", "55")
+        done = site.tierd(*words, source=None, objects=None)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr + controller.text()
+        until(lambda: not stored(removed), SECONDS, controller.text)
+    assert os.listdir(day) == [stays.name]
+    assert [stored(file) for file in (removed, asked, stays)] == [False, False, True]
+    assert site.value("SELECT count(*) FROM generated_outputs") == 1

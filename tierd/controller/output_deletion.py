@@ -86,6 +86,8 @@ class OutputDeletion:
     def __init__(self, workshop: Workshop, files: OutputFiles) -> None:
         self._shop = workshop
         self._files = files
+        self._waiting = False
+        """For the source; said once."""
 
     async def round(self) -> bool:
         """Plan some of what is to be deleted; True if there may be more. Raises NotLeaderError, DatabaseError."""
@@ -93,6 +95,12 @@ class OutputDeletion:
             await connection.execute(sql.PURGE_WISHES, _WISHES_KEPT_SECONDS)
             wish = await connection.fetchrow(sql.ASKED)
             removed = await connection.fetch(sql.REMOVED, PATHS_MAX)
+        if (removed or wish is not None) and not await self._shop.run(self._files.is_there):
+            if not self._waiting:
+                log.warning("deletions_wait", reason=f"{shown(self._files.root)} is not in the source: is it mounted?")
+            self._waiting = True
+            return False
+        self._waiting = False
         planned = await self._bury(None, removed) if removed else 0
         if wish is not None:
             await self._plan(wish)

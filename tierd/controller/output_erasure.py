@@ -142,6 +142,8 @@ class OutputErasure:
     async def _hide(self, one: Erasure) -> None:
         todo = await self._tombstones(one)
         while True:
+            if not await self._shop.run(self._is_mounted):
+                raise Waits(f"{shown(self._settings.root)} is not in the source: is it mounted? outputs_root")
             async with self._shop.fenced("hide", None) as fence:
                 await self._hold(fence, one)
                 move = await self._move_in_grace(fence.connection, one)
@@ -153,6 +155,11 @@ class OutputErasure:
                     await fence.connection.execute(sql.UNCONFIRM, one.id)
                     await fence.connection.execute(sql.HIDDEN, one.id, self._shop.books.epoch)
                     return
+
+    def _is_mounted(self) -> bool:
+        """Names that are not to be seen are not gone."""
+        with self._shop.tree.directory_if_there(self._settings.root) as fd:
+            return fd is not None
 
     def _hide_some(
         self, one: Erasure, fence: Fence, todo: Sequence[Tombstone], move: int | None, taken: set[bytes]

@@ -45,11 +45,11 @@ SELECT o.version = f.version AND o.sha256 = f.sha256 AND o.cold_storage AND o.pe
 FROM move_files f JOIN generated_outputs o ON {_THOSE_OF} ORDER BY o.output_id FOR UPDATE OF o
 """
 
-# From now on there may be a stub for its object, wherever users take it. One of an earlier object that nobody has seen
-# end may be anywhere, too.
+# From now on there may be a stub for its object, wherever users take it. One that was made before, and that nobody has
+# seen end, may be anywhere, too: also for the same object, if somebody wrote the same bytes again.
 _MAY_HAVE_STUB: Final = f"""
 UPDATE generated_outputs o
-SET loose = CASE WHEN o.stub_version <> f.version THEN array_append(o.loose, o.stub_version) ELSE o.loose END,
+SET loose = CASE WHEN o.stub_version IS NULL THEN o.loose ELSE array_append(o.loose, o.stub_version) END,
     stub_version = f.version, stub_inode = NULL
 FROM move_files f WHERE {_THOSE_OF}
 """

@@ -47,7 +47,7 @@ SET access_count = least(2147483647, o.access_count::bigint + g.opens),
     removed_at = CASE WHEN g.written > greatest(o.removed_at, g.removed) THEN NULL
                       ELSE greatest(o.removed_at, g.removed) END,
     stub_version = nullif(o.stub_version, g.ended),
-    loose = array_remove(o.loose, g.ended),
+    loose = CASE WHEN o.stub_version = g.ended THEN o.loose ELSE array_remove(o.loose, g.ended) END,
     reads_since = CASE WHEN g.opens = 0 OR o.reads_since > now() - $10 * interval '1 second' THEN o.reads_since
                        ELSE g.accessed END,
     recent_reads = least(2147483647, g.opens
