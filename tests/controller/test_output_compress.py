@@ -258,6 +258,32 @@ def test_the_original_stays_if_anybody_might_need_it(
     assert house.object(path, 1) == CONTENT
 
 
+async def _took_elsewhere(house: House, leader: Leader, path: str) -> None:
+    """An earlier cold file of the same object was renamed, and the same bytes written again."""
+    await house.rows("UPDATE generated_outputs SET loose = ARRAY[1] RETURNING 1")
+
+
+@pytest.mark.parametrize("when", ["in the grace", "before"])
+def test_an_original_that_another_cold_file_may_stand_for_stays(house: House, when: str) -> None:
+    path = house.make(content=CONTENT)
+
+    async def main() -> None:
+        async with house.leading(outputs_compress_after_days=DAYS) as leader:
+            await make_cold(house, leader)
+            if when == "before":
+                await _took_elsewhere(house, leader, path)
+            await compress(leader)
+            await _took_elsewhere(house, leader, path)
+            await end_grace(house)
+            await compress(leader)
+
+    run(main())
+    assert house.object(path, 1) == CONTENT
+    assert run(state(house)) == (
+        [("kept", "the original stays: another cold file may stand for it")] if when == "in the grace" else []
+    )
+
+
 def test_one_that_is_written_again_gets_a_version_of_its_own(house: House) -> None:
     path = house.make(content=CONTENT)
 

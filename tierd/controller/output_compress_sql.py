@@ -8,7 +8,7 @@ from typing import Final
 _MAY_BE: Final = """
     o.cold_storage AND NOT o.hot_storage AND o.pending_since IS NULL AND o.vanished_at IS NULL
     AND lower(right(o.filename, 4)) = '.png' AND o.size_bytes BETWEEN 1 AND $1
-    AND o.created_at < now() - $2 * interval '1 day'
+    AND o.created_at < now() - $2 * interval '1 day' AND NOT o.version = ANY (o.loose)
     AND NOT EXISTS (SELECT FROM output_compressions c WHERE c.output_id = o.output_id
                     AND (c.finished_at IS NULL OR o.version IN (c.old_version, c.version)))
     AND NOT EXISTS (SELECT FROM moves m WHERE m.finished_at IS NULL
@@ -54,6 +54,9 @@ SELECT version = $2 AND sha256 = $3 AND cold_storage AND NOT hot_storage AND pen
        AND vanished_at IS NULL
 FROM generated_outputs WHERE output_id = $1 FOR UPDATE
 """
+
+# Another cold file may stand for it: one that users took elsewhere.
+IS_LOOSE: Final = "SELECT $2::int = ANY (loose) FROM generated_outputs WHERE output_id = $1"
 
 BEGIN_SWITCH: Final = """
 UPDATE output_compressions SET state = 'switching', size_bytes = $2, sha256 = $3 WHERE id = $1

@@ -203,6 +203,8 @@ class OutputCompressions:
         assert one.new is not None
         if not await self._is_still(connection, one, one.version, one.new):
             return "the output is hot, was written to, or went"
+        if await connection.fetchval(sql.IS_LOOSE, one.output_id, one.old_version):
+            return "another cold file may stand for it"
         try:
             right = await asyncio.to_thread(stands_for, self._tree, self._place(one), self._origin(one))
         except NoPlainStub as error:
