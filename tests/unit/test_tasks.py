@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from tests.servers import run
 from tierd.controller.leader import NotLeaderError
-from tierd.controller.tasks import steadily, together
+from tierd.controller.tasks import each, steadily, together
 from tierd.errors import DatabaseError
 
 
@@ -141,3 +141,9 @@ def test_a_cancellation_that_a_step_hid_ends_it() -> None:
 
     assert run(main())
     assert steps == ["step"]
+
+
+def test_the_first_failure_of_several_is_told_by_itself() -> None:
+    """In a group it would go by those who wait for the end of our leadership."""
+    with pytest.raises(NotLeaderError):
+        run(each([for_ever(), fail(), fail()]))

@@ -12,13 +12,14 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 import asyncpg  # type: ignore[import-untyped]
 import structlog
 
 from tierd.controller.context_months import make_months
 from tierd.controller.leader import NotLeaderError, assert_leader
+from tierd.controller.tasks import each
 from tierd.errors import DatabaseError
 from tierd.metrics import ContextMetrics
 from tierd.postgres import Connection, Database
@@ -127,12 +128,7 @@ async def archive_old_contexts(
     due = await count_due(database, days)
     job = _Job(database, age, epoch, progress, metrics, pause, batch_rows_max, ArchiveProgress(due))
     progress(job.done)
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(workers):
-                tasks.create_task(job.work())
-    except* DatabaseError as errors:
-        raise _first(errors) from None
+    await each(job.work() for _ in range(workers))
     return job.done
 
 
@@ -141,11 +137,6 @@ async def count_due(database: Database, days: float) -> int:
     async with database.connection() as connection:
         due: int = await connection.fetchval(_DUE, timedelta(days=days), DUE_MAX)
     return due
-
-
-def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
-    error = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 @dataclass

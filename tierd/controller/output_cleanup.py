@@ -20,7 +20,7 @@ from tierd.controller.jobs import Context, Outcome
 from tierd.controller.leader import NotLeaderError
 from tierd.controller.move_file import MoveRefused
 from tierd.controller.output_moves import Day
-from tierd.controller.tasks import reason_of
+from tierd.controller.tasks import each, reason_of
 from tierd.errors import TierdError
 from tierd.objects.keys import shown
 from tierd.postgres import Connection
@@ -137,9 +137,7 @@ class _Run:
         if self._context.dry_run:
             return
         await self._context.tell(f"{self._planned} outputs, now those of {days[0].date}")
-        async with asyncio.TaskGroup() as group:
-            for day in days:
-                group.create_task(self._one(day))
+        await each(self._one(day) for day in days)
 
     async def _one(self, going: _Going) -> None:
         try:

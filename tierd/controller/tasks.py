@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Final
 
 import asyncpg  # type: ignore[import-untyped]
@@ -51,6 +51,16 @@ async def _ended(
         log.warning("work_does_not_end", after_seconds=late_s, reason="a thread is at work: does the source hang?")
         late()
     return await ending
+
+
+async def each(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all to their ends. The first that fails ends the others, and what it raised is raised, in no group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for coroutine in coroutines:
+                group.create_task(coroutine)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def steadily(
