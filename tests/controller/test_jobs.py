@@ -111,6 +111,7 @@ def test_a_new_installation_makes_up_for_nothing(site: Site) -> None:
         async with leading(site) as work:
             assert await run_next(job(at=now_at_of), work) is None
 
+    installed(site, days_ago=0)
     now_at_of = now_at(site)
     run(main())
     assert states(site) == []

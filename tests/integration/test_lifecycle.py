@@ -31,11 +31,12 @@ from tierd.runtime import runtime_dir
 
 
 def nothing_left(mount: OverlayMount) -> None:
-    """No mount, no process, no runtime directory."""
+    """No mount, no process, and soon no runtime directory: the keeper ends after the daemon."""
     assert not is_mounted(mount.mountpoint)
     assert not mount.alive
     assert os.listdir(mount.mountpoint) == []
-    assert not runtime_dir(mount.mountpoint).exists(), sorted(runtime_dir(mount.mountpoint).iterdir())
+    runtime = runtime_dir(mount.mountpoint)
+    wait_until(lambda: not runtime.exists(), STOP_SECONDS, lambda: f"{sorted(runtime.iterdir())} are gone")
 
 
 def opens_in_index(mount: OverlayMount) -> list[bytes]:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.conftest import Reads
 from tests.unit.kernel import number_of
+from tierd.node.cold_source import ColdSource
 from tierd.node.estate import read
 from tierd.node.heir import intents_of
 from tierd.node.journal import Journal
@@ -20,7 +21,7 @@ from tierd.node.ledger import DONE, FAILED, INTENT, RESENT, ROOT_ID, Ledger, rec
 from tierd.node.once import CLOCK_SLACK_NS, Inode, Once
 from tierd.node.overlay import Overlay
 from tierd.node.reach import Caller
-from tierd.node.sources import Changes, Moved, PosixSource, Ref, version_of
+from tierd.node.sources import Changes, Moved, Ref, version_of
 
 UNIQUE = 42
 SECOND_NS = 1_000_000_000
@@ -36,7 +37,7 @@ class Daemons:
     def __init__(self, top: Path) -> None:
         self.top = top
         self.top.mkdir()
-        self.source = PosixSource(top)
+        self.source = ColdSource(top)
         self.ledger = Ledger()
         self.now_ns: int | None = None
         self.kill = "nowhere"
@@ -425,7 +426,7 @@ def test_an_attribute_that_goes_in_the_last_moment_is_removed(daemons: Daemons) 
 class Line:
     """Overlays one after the other over one source and one ledger."""
 
-    def __init__(self, source: PosixSource) -> None:
+    def __init__(self, source: ColdSource) -> None:
         self.source, self.ledger = source, Ledger()
 
     def overlay(self) -> Overlay:
@@ -562,7 +563,7 @@ async def test_an_append_sent_again_lands_where_it_was(line: Line, daemons: Daem
 def test_an_inode_that_moved_is_no_name() -> None:
     """`Moved` is how a source says that a name means another inode."""
     ledger = Ledger()
-    source = PosixSource(Path("/"))
+    source = ColdSource(Path("/"))
     once = Once(ledger, source.key, intents_of(_estate_with_intent(ledger)))
 
     def look() -> os.stat_result:

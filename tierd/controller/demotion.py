@@ -257,6 +257,7 @@ class Demotion:
             stubbing = self._shop.stubbing(fence, move)
             await self._shop.effect(stubbing.clear, stubbing.drafts)
             await self._shop.effect(stubbing.clear, stubbing.trash)
+            await self._shop.subjects(move).have_left(fence.connection, move)
             await forget_files(fence.connection, move.id)
             await set_state(fence.connection, self._shop.books, move, MoveState.DONE)
         return True

@@ -72,6 +72,13 @@ WHERE {_THOSE_OF}
 """
 
 
+# Whoever has this number and time from now on is another file, such as a copy that kept the time.
+_HAVE_LEFT: Final = f"""
+UPDATE generated_outputs o SET inode = NULL
+FROM move_files f WHERE {_THOSE_OF} AND f.state = 'deleted' AND o.version = f.version AND NOT o.hot_storage
+"""
+
+
 class Day(NamedTuple):
     """A directory of outputs, and those in it that are to leave. `root` is the outputs root."""
 
@@ -136,6 +143,10 @@ class OutputDays:
     async def become_hot(self, connection: Connection, demotion: Move, *, was_cold: bool, whole: bool) -> None:
         """Have them looked at, each by itself."""
         await connection.execute(_LOOK_AT, *_of(demotion))
+
+    async def have_left(self, connection: Connection, demotion: Move) -> None:
+        """See Subjects."""
+        await connection.execute(_HAVE_LEFT, *_of(demotion))
 
 
 def _of(move: Move) -> tuple[int, str, str]:

@@ -41,6 +41,10 @@ class Subjects(Protocol):
         """What a demotion switched was put back, `whole` or as far as users left it."""
         ...
 
+    async def have_left(self, connection: Connection, demotion: Move) -> None:
+        """The hot copies are deleted; another file may have their inode numbers now."""
+        ...
+
 
 class Models:
     """Subjects that are models."""
@@ -90,3 +94,6 @@ class Models:
         """See Subjects."""
         if was_cold and whole:
             await connection.execute(sql.SET_HOT, demotion.subject)
+
+    async def have_left(self, connection: Connection, demotion: Move) -> None:
+        """Of models no inode numbers are kept."""
