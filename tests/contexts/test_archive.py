@@ -187,9 +187,8 @@ def test_killed_at_each_batch(house: House, before: bool) -> None:
         async with house.database() as database:
             for number in range(1, 5):
                 mortal: Any = MortalDatabase(database, {number}, before=before)
-                with pytest.raises(BaseExceptionGroup) as caught:
+                with pytest.raises(Killed):
                     await archive_old_contexts(mortal, batch_rows_max=5, workers=1)
-                assert caught.group_contains(Killed)
                 moved, there = await archived(house), await house.sql(f"SELECT {COLUMNS} FROM user_contexts")
                 assert sorted(moved + there) == every
             await archive_old_contexts(database)

@@ -72,9 +72,9 @@ WHERE {_THOSE_OF}
 """
 
 
-# Whoever has this number and time from now on is another file, such as a copy that kept the time.
+# Whoever has its number and time from now on is another file, such as a copy that kept the time. 0: no file has it.
 _HAVE_LEFT: Final = f"""
-UPDATE generated_outputs o SET inode = NULL
+UPDATE generated_outputs o SET inode = 0
 FROM move_files f WHERE {_THOSE_OF} AND f.state = 'deleted' AND o.version = f.version AND NOT o.hot_storage
 """
 
