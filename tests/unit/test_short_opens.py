@@ -239,29 +239,59 @@ async def test_an_open_for_writing_is_sent_back_while_short_opens_live(node: Nod
     assert node.hot.release(fh)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("hot_again", [True, False])
+@pytest.mark.parametrize("successor", ["looked up", "read", "published", "forgotten"])
 async def test_a_writer_sent_back_from_a_node_of_long_ago_finds_its_successor_free(
-    node: Node1, hot_again: bool
+    node: Node1, successor: str
 ) -> None:
     """The kernel looks a name up again only once per open, so the second answer must not be ESTALE."""
     await node.first_open()
     old = await node.hot_node()
-    first = await node.kernel.open(PATH)
+    opened = [await node.kernel.open(PATH)]
     with pytest.raises(OSError, match="Stale"):
         await node.overlay.open(old.id, os.O_WRONLY, CALLER)
-    successor = node.overlay.inodes.get(await node.kernel.node(PATH))
-    assert successor is not old
-    successor.young_until = 0.0  # time goes by
-    if hot_again:
-        second = await node.kernel.open(PATH)
-        assert successor.backed == 1
+    new = node.overlay.inodes.get(await node.kernel.node(PATH))
+    assert new is not old
+    new.young_until = 0.0  # time goes by
+    node.overlay.inodes.expect(new.key, 0.0)
+    if successor == "read":
+        opened.append(await node.kernel.open(PATH))
+        assert new.backed == 1
+    elif successor == "published":
+        assert await node.hot_node() is new
+    elif successor == "forgotten":
+        node.overlay.forget(new.id, node.kernel.lookups.pop(new.id))
     with pytest.raises(OSError, match="Stale"):
         await node.overlay.open(old.id, os.O_WRONLY, CALLER)
-    if not hot_again:
-        second = await node.kernel.open(PATH)  # somebody else's, in between
-    writing = await node.kernel.open(PATH, os.O_WRONLY)
-    for opened in (first, second, writing):
-        await node.overlay.release(opened.fh)
+    if successor == "published":
+        assert node.hot.open(new.id, CALLER.uid, CALLER.pid + 1, yes) is None, "as other threads would"
+    elif successor != "read":
+        opened.append(await node.kernel.open(PATH))  # somebody else's, in between
+    opened.append(await node.kernel.open(PATH, os.O_WRONLY))
+    for one in opened:
+        await node.overlay.release(one.fh)
+
+
+async def test_an_open_that_began_before_a_writer_was_sent_back_leaves_the_node_free(
+    node: Node1, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have filled the node tier, and read what came of that."""
+    node.tiered.write(NAME)
+    hot = node.overlay.inodes.get(await node.kernel.node(PATH))
+    opened = []
+    monkeypatch.setattr(node.tiered.posix, "open", gate.hold(node.tiered.posix.open))
+
+    async def read() -> None:
+        opened.append(await node.overlay.open(hot.id, os.O_RDONLY, CALLER))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await gate.wait_for(1)
+        hot.young_until = trio.current_time() + 60.0  # somebody was sent here to write
+        gate.open()
+    assert node.overlay.files[opened[0].fh].fill is None
+    opened.append(await node.overlay.open(hot.id, os.O_WRONLY, CALLER))
+    for one in opened:
+        await node.overlay.release(one.fh)
 
 
 async def test_a_reader_is_sent_back_once_only(node: Node1, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,8 +197,12 @@ class InodeTable:
         self._retired[node.key] += 1
         self._note(node)
         del self._by_key[node.key]
-        self._young[node.key] = young_until
-        self._young.move_to_end(node.key)
+        self.expect(node.key, young_until)
+
+    def expect(self, key: Key, young_until: float) -> None:
+        """The next node of an inode is young until then."""
+        self._young[key] = young_until
+        self._young.move_to_end(key)
         if len(self._young) > _YOUNG_MAX:
             self._young.popitem(last=False)
 

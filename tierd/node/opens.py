@@ -298,8 +298,10 @@ class Opens(ColdFiles):
             raise
 
     def _join_fill(self, handle: FileHandle, fill: Fill | None) -> bool:
-        """Serve the handle as the fill lands, unless the kernel reads the node by itself."""
-        if fill is None or handle.node.backed or _has_writers(handle.node):
+        """Serve the handle as the fill lands, unless the kernel reads the node by itself, or whoever writes it or was
+        sent back to write it must find it free."""
+        node = handle.node
+        if fill is None or node.backed or _has_writers(node) or node.retired or self._is_young(node):
             return False
         handle.fill = fill
         handle.target.local = True
@@ -322,14 +324,18 @@ class Opens(ColdFiles):
 
     async def _free_successor(self, node: Node, flags: int) -> None:
         """A node that was retired long ago, and is still named by the kernel, has a successor that may be neither young
-        nor free."""
+        nor free, or none any more."""
         young_until = trio.current_time() + YOUNG_SECONDS
         live = self.inodes.by_key(node.key)
-        if live is not None and (live is node or self._excluded(live, flags)):
+        if live is None:
+            self.inodes.expect(node.key, young_until)
+            return
+        self._withdraw(live)
+        if live is node or self._excluded(live, flags):
             self._retire(live, young_until=young_until)
-        elif live is not None:
+        else:
             live.young_until = young_until
-        if live is not None and live.retired:  # what its readers ask for next may be changed by way of another node
+        if live.retired:  # what its readers ask for next may be changed by way of another node
             await self._run(self._reads.attributes_changed, live.id)
 
     def _pass_through_source(self, handle: FileHandle) -> None:
