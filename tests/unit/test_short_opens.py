@@ -240,9 +240,7 @@ async def test_an_open_for_writing_is_sent_back_while_short_opens_live(node: Nod
 
 
 @pytest.mark.parametrize("successor", ["looked up", "read", "published", "forgotten"])
-async def test_a_writer_sent_back_from_a_node_of_long_ago_finds_its_successor_free(
-    node: Node1, successor: str
-) -> None:
+async def test_a_writer_sent_back_from_a_node_of_long_ago_finds_its_successor_free(node: Node1, successor: str) -> None:
     """The kernel looks a name up again only once per open, so the second answer must not be ESTALE."""
     await node.first_open()
     old = await node.hot_node()
