@@ -27,6 +27,7 @@ from tierd.errors import DatabaseError, UsageError
 if TYPE_CHECKING:
     from tierd.controller.job_runs import Run
     from tierd.controller.output_books import Standing
+    from tierd.controller.output_deletion import UnderWay
     from tierd.controller.output_restore import Wish
     from tierd.controller.settings import ControllerSettings
     from tierd.postgres import Connection
@@ -87,17 +88,20 @@ def _where(row: Any) -> str:
 @_outputs.command("stats")
 def show_stats(config: Config = None, postgres: Postgres = None, as_json: AsJson = False) -> None:
     """Count outputs and bytes by tier; name the files below the outputs root that are left alone, and why."""
-    from tierd.controller import output_books, output_list
+    from tierd.controller import output_books, output_deletion, output_list
 
-    async def ask(connection: Connection) -> tuple[Standing, list[Any]]:
-        return await output_books.standing(connection), list(await output_list.faults(connection))
+    async def ask(connection: Connection) -> tuple[Standing, UnderWay, list[Any]]:
+        found = await output_books.standing(connection), await output_deletion.under_way(connection)
+        return *found, list(await output_list.faults(connection))
 
-    standing, faults = with_connection(settings_of(postgres, config), ask)
+    standing, deletions, faults = with_connection(settings_of(postgres, config), ask)
     if as_json:
         tiers = {tier: {"outputs": count, "bytes": size} for tier, (count, size) in standing.tiers.items()}
         told = [fault | {"seen_at": _iso(fault["seen_at"])} for fault in faults]
         oldest = round(standing.oldest_unbacked_s, 3)
-        print_json({"tiers": tiers, "oldest_unbacked_s": oldest, "faults": standing.faults, "left_alone": told})
+        deleting = deletions.outputs | {"oldest_s": round(deletions.oldest_s, 3)}
+        found = {"tiers": tiers, "oldest_unbacked_s": oldest, "deletions": deleting}
+        print_json(found | {"faults": standing.faults, "left_alone": told})
         return
     table = Table("tier", "outputs", "bytes")
     for tier, (count, size) in standing.tiers.items():
@@ -105,6 +109,10 @@ def show_stats(config: Config = None, postgres: Postgres = None, as_json: AsJson
     out.print(table)
     if standing.oldest_unbacked_s:
         say(out, f"the oldest output without a compared copy is {standing.oldest_unbacked_s:.0f} s old")
+    if any(deletions.outputs.values()) or deletions.oldest_s:
+        say(out, "deletions: " + ", ".join(f"{count} {state}" for state, count in deletions.outputs.items()))
+    if deletions.oldest_s:
+        say(out, f"the oldest that has not deleted everything was asked for {deletions.oldest_s:.0f} s ago")
     if not faults:
         return
     left = Table("left alone", "why")

@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 TIERS: Final = ("hot", "cold", "unbacked", "vanished")
 """With bytes in the source; with an object that was compared; with bytes in the source alone; with neither file nor
 stub in the source. One output may count in two."""
+DELETION_STATES: Final = ("planned", "hidden", "deleted")
+"""With names still; without names in the source; without objects, remembered until every node has confirmed."""
 _BACKUP_BUCKETS: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 6 * 3600.0, 86_400.0)
 
 
@@ -43,6 +45,14 @@ class OutputMetrics:
         self._saved = Counter(
             "tierd_output_compression_saved_bytes", "Bytes that are no longer stored since.", registry=registry
         )
+        self._deletions = Gauge(
+            "tierd_output_deletions", "Outputs that are being deleted, by how far.", ["state"], registry=registry
+        )
+        self._oldest_deletion = Gauge(
+            "tierd_output_oldest_deletion_seconds",
+            "Age of the oldest deletion that has not deleted everything; 0 if there is none.",
+            registry=registry,
+        )
         self._restored = Counter("tierd_outputs_restored", "Outputs put back from their backup.", registry=registry)
 
     def compressed(self, saved_bytes: int) -> None:
@@ -70,3 +80,9 @@ class OutputMetrics:
             self._bytes.labels(tier).set(size)
         self._oldest.set(oldest_unbacked_s)
         self._faults.set(faults)
+
+    def delete(self, outputs: Mapping[str, int], oldest_s: float) -> None:
+        """Deletions, by `DELETION_STATES`, as they are now."""
+        for state in DELETION_STATES:
+            self._deletions.labels(state).set(outputs.get(state, 0))
+        self._oldest_deletion.set(oldest_s)

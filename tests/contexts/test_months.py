@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,22 @@ def test_months_on_a_tablespace(house: House, new_directory: Callable[[str], Pat
                 assert [row["tablespace"] for row in spaces] == ["slow"]
                 await connection.execute(f"DROP TABLE {table}")
                 await connection.execute("DROP TABLESPACE slow")
+
+    run(main())
+
+
+def test_months_that_the_role_may_not_make(house: House) -> None:
+    async def main() -> None:
+        await house.sql("CREATE ROLE plain LOGIN PASSWORD 'plain'")
+        try:
+            house_of_plain = replace(
+                house, dsn=house.dsn.replace(house.dsn.split("//")[1].split("@")[0], "plain:plain")
+            )
+            async with house_of_plain.database() as database:
+                with pytest.raises(TierdError, match=r"^cannot make months of the archive: permission denied"):
+                    await make_months(database, 14)
+        finally:
+            await house.sql("DROP ROLE plain")
 
     run(main())
 

@@ -9,9 +9,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tests.controller.house import settings_for, tierd
+from tests.controller.house import connected, settings_for, tierd
 from tests.controller.outputs import BUCKET, DAY, House
 from tests.servers import run
+from tierd.controller import output_deletion
 from tierd.controller.output_backup import key_of
 from tierd.errors import UsageError
 from tierd.outputs_api import delete_outputs
@@ -80,6 +81,7 @@ def test_stats_count_and_name_what_is_left_alone(house: House) -> None:
     assert told["tiers"]["hot"]["outputs"] == 3
     assert told["tiers"]["cold"] == {"outputs": 2, "bytes": 10}
     assert told["tiers"]["unbacked"]["outputs"] == 1
+    assert told["deletions"] == {"planned": 0, "hidden": 0, "deleted": 0, "oldest_s": 0}
     assert told["faults"] == 2
     assert told["oldest_unbacked_s"] > 0
     assert {fault["path"]: fault["reason"] for fault in told["left_alone"]} == {
@@ -89,6 +91,18 @@ def test_stats_count_and_name_what_is_left_alone(house: House) -> None:
     shown = outputs(house, "stats").stdout
     assert "cat.png" in shown
     assert "\x1b[31m" not in shown, "a name from outside changes no colour"
+
+
+def test_stats_tell_of_deletions_that_go_on(house: House) -> None:
+    async def main() -> None:
+        async with connected(house.dsn) as connection:
+            await output_deletion.ask(connection, "user123", None, "test")
+
+    run(main())
+    assert json.loads(outputs(house, "stats", "--json").stdout)["deletions"]["oldest_s"] > 0
+    shown = outputs(house, "stats").stdout
+    assert "deletions: 0 planned, 0 hidden, 0 deleted" in shown
+    assert "the oldest that has not deleted everything was asked for" in shown
 
 
 def test_get_fetches_a_copy_into_a_new_file(house: House, tmp_path: Path) -> None:

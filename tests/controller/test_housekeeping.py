@@ -11,6 +11,7 @@ from tests.controller.controllers import Site
 from tests.controller.test_jobs import leading
 from tests.servers import run
 from tierd.controller import housekeeping
+from tierd.output_metrics import DELETION_STATES
 
 BOOT = "6f0c58a0-6f4a-4c1c-8f8e-0d8a8f6f7f1{}"
 
@@ -95,3 +96,29 @@ def test_metrics_tell_how_the_tiers_stand(site: Site) -> None:
         "tierd_nodes_silent 1.0",
     ):
         assert line in text
+
+
+def test_metrics_tell_of_outputs_that_are_being_deleted(site: Site) -> None:
+    for number, state in enumerate(("planned", "hidden", "hidden", "deleted")):
+        site.ask(
+            "INSERT INTO output_erasures (id, user_id, date, epoch, state, asked_at)"
+            " OVERRIDING SYSTEM VALUE VALUES ($1, 'u', '2026/01/12', 1, $2, now() - make_interval(secs => $3))",
+            *(number + 1, state, 100 if state == "hidden" else 9000 if state == "deleted" else 50),
+        )
+        site.ask(
+            "INSERT INTO output_tombstones (erasure_id, output_id, user_id, filename, version)"
+            " SELECT $1, gen_random_uuid(), 'u', '2026/01/12/x', 1 FROM generate_series(1, 3)",
+            number + 1,
+        )
+
+    async def main() -> dict[str, float | None]:
+        async with leading(site) as work:
+            await housekeeping.tell_metrics(work)
+            value = work.metrics.registry.get_sample_value
+            found = {state: value("tierd_output_deletions", {"state": state}) for state in DELETION_STATES}
+            return found | {"oldest": value("tierd_output_oldest_deletion_seconds")}
+
+    found = run(main())
+    assert (found["planned"], found["hidden"], found["deleted"]) == (3, 6, 3)
+    assert found["oldest"] is not None
+    assert 100 <= found["oldest"] < 200, "what is deleted and only remembered is not late"

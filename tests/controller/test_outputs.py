@@ -247,15 +247,20 @@ def test_other_attributes_alone_make_no_other_object(house: House) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("consistent", [False, True])
 def test_an_object_that_is_not_what_was_stored_makes_nothing_cold(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, monkeypatch: pytest.MonkeyPatch, consistent: bool
 ) -> None:
+    """Its bytes were damaged, or somebody else stored another object as a whole, with checksums of its own."""
     path = house.make(content=b"content")
     put = DirectoryStore.put_file
 
     def damage(self: DirectoryStore, bucket: str, key: str, *args: Any, **kwargs: Any) -> Any:
         stored = put(self, bucket, key, *args, **kwargs)
-        (house.root / "objects" / bucket / key).write_bytes(b"cOntent")
+        other = house.root / "other" if consistent else house.root / "objects" / bucket / key
+        other.write_bytes(b"cOntent")
+        if consistent:
+            put(self, bucket, key, other, len(b"cOntent"))
         return stored
 
     async def main() -> None:

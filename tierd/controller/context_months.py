@@ -57,14 +57,16 @@ class Month(NamedTuple):
 async def make_months(database: Database, ahead: int = MONTHS_AHEAD, tablespace: str = "") -> None:
     """Tables for this month and the next ones, on a tablespace (for a slower disk) or the default one.
 
-    Raises DatabaseError, such as for a tablespace that is not there.
+    Raises DatabaseError, such as for a tablespace that is not there, or that the controller's role may not use.
     """
     try:
         async with database.connection() as connection:
             await connection.fetch(_MAKE, ahead, tablespace)
-    except asyncpg.UndefinedObjectError as error:
+    except (asyncpg.UndefinedObjectError, asyncpg.InsufficientPrivilegeError) as error:
+        missing = isinstance(error, asyncpg.UndefinedObjectError)
+        hint = "CREATE TABLESPACE first" if missing else "GRANT it to the role that tierd connects as"
         reason = " ".join(str(error).split())
-        raise DatabaseError(f"cannot make months of the archive: {reason}", hint="CREATE TABLESPACE first") from error
+        raise DatabaseError(f"cannot make months of the archive: {reason}", hint=hint) from error
 
 
 async def months(connection: Connection) -> list[Month]:

@@ -49,6 +49,17 @@ SELECT (SELECT planned_at IS NOT NULL FROM output_delete_wishes WHERE id = $1) A
 FROM mine m LEFT JOIN output_tombstones t ON t.erasure_id = m.id
 """
 
+# By how far they are. Those that wait for the last node only count as deleted.
+UNDER_WAY: Final = """
+SELECT count(t.output_id) FILTER (WHERE e.state = 'planned') AS planned,
+       count(t.output_id) FILTER (WHERE e.state = 'hidden') AS hidden,
+       count(t.output_id) FILTER (WHERE e.state = 'deleted') AS deleted,
+       (SELECT coalesce(extract(epoch FROM now() - min(asked_at)), 0)::float FROM (
+            SELECT asked_at FROM output_erasures WHERE state <> 'deleted'
+            UNION ALL SELECT requested_at FROM output_delete_wishes WHERE planned_at IS NULL) unfinished) AS oldest_s
+FROM output_erasures e LEFT JOIN output_tombstones t ON t.erasure_id = e.id
+"""
+
 # Also one that is being deleted.
 HAS: Final = """
 SELECT EXISTS (SELECT FROM generated_outputs WHERE user_id = $1 AND output_id = $2)

@@ -6,7 +6,7 @@ from typing import Final
 
 import structlog
 
-from tierd.controller import context_stats, nodes, output_books
+from tierd.controller import context_stats, nodes, output_books, output_deletion
 from tierd.controller.events import purge_events
 from tierd.controller.job_runs import purge_runs
 from tierd.controller.work import Work
@@ -46,9 +46,11 @@ async def tell_metrics(work: Work) -> None:
         assert late is not None
         found = await nodes.reports(connection, work.settings.lease_report_max_age)
         outputs = await output_books.standing(connection)
+        deletions = await output_deletion.under_way(connection)
     work.metrics.late(late["oldest_s"], late["failing"])
     work.metrics.stand(tiers, moves, sum(not report.fresh for report in found))
     work.output_metrics.stand(outputs.tiers, outputs.oldest_unbacked_s, outputs.faults)
+    work.output_metrics.delete(*deletions)
     await context_stats.tell_metrics(work.database, work.context_metrics)
 
 

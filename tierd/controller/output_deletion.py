@@ -24,6 +24,7 @@ from tierd.controller.output_files import Faults, OutputFiles
 from tierd.erasures import PATHS_MAX
 from tierd.errors import DatabaseError, UsageError
 from tierd.objects.keys import shown
+from tierd.output_metrics import DELETION_STATES
 from tierd.outputs import user_of
 from tierd.postgres import Connection
 
@@ -78,6 +79,19 @@ async def standing(connection: Connection, wish: int) -> Deletion:
     if row["planned"] is None:
         raise DatabaseError(f"deletion {wish} is gone from output_delete_wishes", hint="was the database restored?")
     return Deletion(*row)
+
+
+class UnderWay(NamedTuple):
+    """All deletions: outputs by how far they are, the age of the oldest that still has something somewhere."""
+
+    outputs: dict[str, int]
+    oldest_s: float
+
+
+async def under_way(connection: Connection) -> UnderWay:
+    """How all deletions stand now. Reads every tombstone."""
+    row = await connection.fetchrow(sql.UNDER_WAY)
+    return UnderWay({state: row[state] for state in DELETION_STATES}, max(0.0, row["oldest_s"]))
 
 
 class OutputDeletion:
