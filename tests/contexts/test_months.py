@@ -81,10 +81,8 @@ def test_months_that_the_role_may_not_make(house: House) -> None:
     async def main() -> None:
         await house.sql("CREATE ROLE plain LOGIN PASSWORD 'plain'")
         try:
-            house_of_plain = replace(
-                house, dsn=house.dsn.replace(house.dsn.split("//")[1].split("@")[0], "plain:plain")
-            )
-            async with house_of_plain.database() as database:
+            own = house.dsn.split("//")[1].split("@")[0]
+            async with replace(house, dsn=house.dsn.replace(own, "plain:plain")).database() as database:
                 with pytest.raises(TierdError, match=r"^cannot make months of the archive: permission denied"):
                     await make_months(database, 14)
         finally:
