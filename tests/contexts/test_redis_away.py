@@ -478,3 +478,16 @@ def test_nothing_of_a_user_escapes_by_moving_meanwhile(house: House) -> None:
                     assert await other.get("u", f"{turn} {name}") is None
 
     run(main(), 120)
+
+
+def test_a_longer_timeout_than_the_client_s_own_is_kept(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client gave up after its five seconds, whatever redis_timeout was."""
+    monkeypatch.setattr("tierd.redis_options._DEADLINE_SECONDS", 0.1)
+
+    async def main() -> None:
+        async with house.contexts(redis_timeout=10.0) as contexts:
+            await contexts.save("u", "c", HELLO, version=0)
+            client_of(house).client_pause(500)
+            assert tier_of(await contexts.get("u", "c")) == "redis"
+
+    run(main())
