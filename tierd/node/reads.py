@@ -57,10 +57,12 @@ class ReadTarget:
 
 
 class _Read(NamedTuple):
-    """One READ request."""
+    """One READ request. `fd` is what `target` had when it was known that these bytes can be read there: by the time
+    that a thread reads, a fill may have taken the target over, in whose draft they are still on their way."""
 
     unique: int
     target: ReadTarget
+    fd: int
     offset: int
     size: int
 
@@ -120,8 +122,8 @@ class Reads:
         self.count += 1
         if target is None:
             return False
-        read = _Read(unique, target, offset, size)
-        gate = target.gate
+        read = _Read(unique, target, target.fd, offset, size)
+        gate = target.gate  # after the descriptor: whoever sets both sets the gate first
         if gate is None:
             self._queue(read)
             return True
@@ -135,22 +137,21 @@ class Reads:
         return self._parked.pop(unique, None) is not None
 
     def _queue(self, read: _Read) -> None:
-        target = read.target
-        (self._cold if target.fd < 0 else self._local if target.local else self._source).put(read)
+        (self._cold if read.fd < 0 else self._local if read.target.local else self._source).put(read)
 
     def _resume(self, unique: int) -> None:
         """The bytes are there; the READ may have been interrupted meanwhile."""
         read = self._parked.pop(unique, None)
         if read is not None:
-            self._queue(read)
+            self._queue(read._replace(fd=read.target.fd))
 
     def _serve(self, requests: _Queue) -> None:
         buffer = bytearray(OUT_HEADER.size + READ_BYTES_MAX)
         view = memoryview(buffer)
         while (request := requests.get()) is not None:
-            unique, target, offset, size = request
+            unique, target, fd, offset, size = request
             try:
-                have = _read(target, view[OUT_HEADER.size : OUT_HEADER.size + size], offset)
+                have = _read(target, fd, view[OUT_HEADER.size : OUT_HEADER.size + size], offset)
             except (OSError, TierdError) as error:
                 number = error.errno if isinstance(error, OSError) else errno.EIO
                 OUT_HEADER.pack_into(buffer, 0, OUT_HEADER.size, -(number or errno.EIO), unique)
@@ -165,10 +166,10 @@ class Reads:
 _Queue = queue.SimpleQueue[_Read | None]
 
 
-def _read(target: ReadTarget, view: memoryview, offset: int) -> int:
-    if target.fd < 0 and target.reader is not None:
+def _read(target: ReadTarget, fd: int, view: memoryview, offset: int) -> int:
+    if fd < 0 and target.reader is not None:
         return target.reader(view, offset)
-    return _read_fully(target.fd, view, offset)
+    return _read_fully(fd, view, offset)
 
 
 def _read_fully(fd: int, target: memoryview, offset: int) -> int:
