@@ -324,12 +324,20 @@ def test_a_mount_ends_with_its_daemon_if_there_is_no_keeper(overlay_mount: Mount
     assert os.listdir(mount.mountpoint) == []
 
 
+def is_waited_for(fd: int) -> bool:
+    """Somebody waits for a lock of the file: `->` in /proc/locks, proc(5)."""
+    inode = os.fstat(fd).st_ino
+    lines = Path("/proc/locks").read_text().splitlines()
+    return any(" -> FLOCK" in line and f":{inode} " in line for line in lines)
+
+
 def test_a_daemon_whose_directory_was_taken_when_its_keeper_died_ends(overlay_mount: MountFactory) -> None:
     """Two that write to one cache are worse than a mount that ends."""
     mount = overlay_mount(prefetch="no")
     with (mount.cache_dir / "lock").open("r+b") as lock:
         waits = threading.Thread(target=fcntl.flock, args=(lock, fcntl.LOCK_EX))
         waits.start()
+        wait_until(lambda: is_waited_for(lock.fileno()), STOP_SECONDS, "the next in turn is not the daemon")
         kill_keeper(mount)
         waits.join(STOP_SECONDS)
         wait_until(lambda: not mount.alive and not is_mounted(mount.mountpoint), STOP_SECONDS, "it ends in order")
