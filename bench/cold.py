@@ -21,7 +21,7 @@ from pathlib import Path
 from bench import s3
 from bench.cpu import Cost, cost_of
 from bench.mounts import MIB, Tierd, tierd_mount, work_directory
-from tierd.controller.promote import RANGES_AT_ONCE
+from tierd.controller.source.promote import RANGES_AT_ONCE
 from tierd.objects.endpoint import Endpoint, Keys, Limits
 from tierd.objects.keys import object_key
 from tierd.objects.s3 import S3Store

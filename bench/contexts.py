@@ -30,8 +30,8 @@ from tierd.contexts import Contexts, open_contexts, sql
 from tierd.contexts.entries import Stored, pack
 from tierd.contexts.names import entry_key
 from tierd.contexts.settings import load
-from tierd.controller.context_archive import archive_old_contexts
-from tierd.controller.context_months import drop_month, is_sealed, months, seal_month, sweep_keys
+from tierd.controller.contexts.archive import archive_old_contexts
+from tierd.controller.contexts.months import drop_month, is_sealed, months, seal_month, sweep_keys
 from tierd.controller.migrate import known, migrate
 from tierd.postgres import Database, connected
 from tierd.redis_options import redis_options

@@ -31,7 +31,7 @@ from rich.table import Table
 from tierd.controller.migrate import known, migrate
 from tierd.controller.redis_client import redis_of
 from tierd.controller.settings import ControllerSettings
-from tierd.controller.statistics import StatisticsFold
+from tierd.controller.statistics.fold import StatisticsFold
 from tierd.metrics import FoldMetrics
 from tierd.node.index import Batch, Index, ModelDelta
 from tierd.node.outbox import Outbox

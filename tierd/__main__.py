@@ -1,6 +1,6 @@
 """`python -m tierd` is the same program as `tierd`."""
 
-from tierd.cli import main
+from tierd.cli.main import main
 
 if __name__ == "__main__":
     main()

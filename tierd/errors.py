@@ -1,7 +1,7 @@
 """The errors users see: each names what failed and where, carries an errno and hints at the fix.
 
 Handlers of FUSE requests translate `errno` for the kernel (`node/fuse.py`), the command line
-translates `exit_code` for the shell (`cli.py`); nothing else catches these.
+translates `exit_code` for the shell (`cli/main.py`); nothing else catches these.
 """
 
 from __future__ import annotations

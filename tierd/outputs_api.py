@@ -18,14 +18,14 @@ from uuid import UUID
 
 from prometheus_client import CollectorRegistry
 
-from tierd.controller import output_deletion
-from tierd.controller.erasure_news import ErasureNews
 from tierd.controller.leading import lead_once
 from tierd.controller.migrate import require_current
-from tierd.controller.output_deletion import Deletion
+from tierd.controller.outputs import deletion as output_deletion
+from tierd.controller.outputs.deletion import Deletion
+from tierd.controller.outputs.erasure_news import ErasureNews
 from tierd.controller.redis_client import redis_of
 from tierd.controller.settings import ControllerSettings
-from tierd.controller.statistics import StatisticsFold
+from tierd.controller.statistics.fold import StatisticsFold
 from tierd.controller.workplace import Workplace, holder
 from tierd.metrics import FoldMetrics
 from tierd.postgres import Connection, connected

@@ -6,7 +6,7 @@ applied; `oldest` tells the controller that nothing older will come, so that it 
 only ever compared within one clock: an access is as old as the sender says it is, whatever its calendar.
 
 Where it travels (the Redis stream) is named here, who reads and writes it is not: `node/publish.py`,
-`controller/statistics.py`.
+`controller/statistics/`.
 """
 
 from __future__ import annotations

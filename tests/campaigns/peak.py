@@ -10,7 +10,7 @@ import atexit
 import sys
 from pathlib import Path
 
-from tierd.cli import main
+from tierd.cli.main import main
 
 
 def peak_bytes() -> int:

@@ -11,7 +11,7 @@ import pytest
 from tests.controller.house import connected, migrated
 from tests.controller.outputs import House
 from tests.servers import run
-from tierd.controller import output_deletion
+from tierd.controller.outputs import deletion as output_deletion
 
 OUTPUTS = 20_000
 DAYS = 20

@@ -9,7 +9,7 @@ import typer.main
 
 from tests.cli.house import Done, House
 from tierd import __version__
-from tierd.cli import app
+from tierd.cli.main import app
 
 GROUP = typer.main.get_command(app)
 COMMANDS = dict(GROUP.commands)  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 Started by `House` with pipes for standard input and output: one request as JSON per line, one answer. A command
 gets its own process, arguments, environment, working directory and files for its output, and runs
-`tierd.cli.main`, which it imports itself; all that differs from `python -m tierd` is when the rest was imported.
+`tierd.cli.main.main`, which it imports itself; all that differs from `python -m tierd` is when the rest was imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(request: dict[str, Any], out: int, err: int) -> None:
     sys.argv[1:] = request["arguments"]
     code: Any = 1
     try:
-        from tierd.cli import main
+        from tierd.cli.main import main
 
         main()
         code = 0

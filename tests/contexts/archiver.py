@@ -10,7 +10,7 @@ import os
 import sys
 
 from tierd.contexts.settings import load
-from tierd.controller.context_archive import ArchiveProgress, archive_old_contexts
+from tierd.controller.contexts.archive import ArchiveProgress, archive_old_contexts
 from tierd.errors import DatabaseError
 from tierd.postgres import Database
 

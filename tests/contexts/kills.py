@@ -13,7 +13,7 @@ from typing import Any
 from tests.contexts.house import House
 from tests.controller.house import environment
 from tierd.contexts import Contexts, VersionConflict
-from tierd.controller.context_archive import archive_old_contexts
+from tierd.controller.contexts.archive import archive_old_contexts
 from tierd.errors import DatabaseError
 
 _FILL = """

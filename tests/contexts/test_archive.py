@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from tests.contexts.house import House, archive
 from tests.servers import run
-from tierd.controller import context_archive
-from tierd.controller.context_archive import ArchiveProgress, LostRows, archive_old_contexts
+from tierd.controller.contexts import archive as context_archive
+from tierd.controller.contexts.archive import ArchiveProgress, LostRows, archive_old_contexts
 from tierd.controller.leader import NotLeaderError, begin_epoch
 from tierd.errors import DatabaseError
 from tierd.metrics import ContextMetrics

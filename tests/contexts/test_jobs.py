@@ -16,13 +16,14 @@ from tests.contexts.test_archive import FILL
 from tests.controller.controllers import Site, running, until
 from tests.controller.house import connected
 from tests.servers import run
-from tierd.controller import context_jobs, job_runs
-from tierd.controller.context_jobs import rules_of
-from tierd.controller.context_purge import PurgeRules
-from tierd.controller.job_names import ARCHIVE_OLD_CONTEXTS, PURGE_EXPIRED_CONTEXTS
-from tierd.controller.jobs import run_next
+from tierd.controller.contexts import jobs as context_jobs
+from tierd.controller.contexts.jobs import rules_of
+from tierd.controller.contexts.purge import PurgeRules
+from tierd.controller.jobs import runs as job_runs
+from tierd.controller.jobs.names import ARCHIVE_OLD_CONTEXTS, PURGE_EXPIRED_CONTEXTS
+from tierd.controller.jobs.registry import JOBS
+from tierd.controller.jobs.run import run_next
 from tierd.controller.leader import begin_epoch
-from tierd.controller.registry import JOBS
 from tierd.controller.settings import load
 from tierd.controller.work import Work
 from tierd.controller.workplace import Workplace

@@ -20,10 +20,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.contexts.house import House
 from tierd.contexts import VersionConflict
-from tierd.controller.context_archive import archive_old_contexts
-from tierd.controller.context_months import months
-from tierd.controller.context_purge import PurgeRules, purge_expired_contexts
-from tierd.controller.context_restore import restore_contexts
+from tierd.controller.contexts.archive import archive_old_contexts
+from tierd.controller.contexts.months import months
+from tierd.controller.contexts.purge import PurgeRules, purge_expired_contexts
+from tierd.controller.contexts.restore import restore_contexts
 from tierd.objects.directory import DirectoryStore
 from tierd.postgres import Database
 

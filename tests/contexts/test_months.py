@@ -14,10 +14,10 @@ import pytest
 
 from tests.contexts.house import House
 from tests.servers import run
-from tierd.controller import context_files as files
-from tierd.controller.context_files import ExportDamaged, Row
-from tierd.controller.context_months import Month, make_months, months, span
-from tierd.controller.context_purge import PurgeRules, plan_purge
+from tierd.controller.contexts import files
+from tierd.controller.contexts.files import ExportDamaged, Row
+from tierd.controller.contexts.months import Month, make_months, months, span
+from tierd.controller.contexts.purge import PurgeRules, plan_purge
 from tierd.errors import TierdError
 
 

@@ -18,11 +18,11 @@ from tests.controller.controllers import until
 from tests.objects.servers import Beneath
 from tests.servers import run
 from tierd.contexts import Contexts
-from tierd.controller import context_files as files
-from tierd.controller.context_archive import archive_old_contexts
-from tierd.controller.context_months import months, span
-from tierd.controller.context_purge import PurgeRefused, PurgeRules, Step, purge_expired_contexts
-from tierd.controller.context_restore import Restored, later_exports, restore_contexts
+from tierd.controller.contexts import files
+from tierd.controller.contexts.archive import archive_old_contexts
+from tierd.controller.contexts.months import months, span
+from tierd.controller.contexts.purge import PurgeRefused, PurgeRules, Step, purge_expired_contexts
+from tierd.controller.contexts.restore import Restored, later_exports, restore_contexts
 from tierd.controller.leader import NotLeaderError
 from tierd.errors import TierdError, UsageError
 from tierd.metrics import ContextMetrics
@@ -410,7 +410,7 @@ class Killed(BaseException):
 def test_killed_anywhere(
     house: House, directory: tuple[ObjectStore, Beneath], at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tierd.controller import context_purge
+    from tierd.controller.contexts import purge as context_purge
 
     store, _ = directory
 

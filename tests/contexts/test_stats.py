@@ -12,8 +12,8 @@ from tests.contexts.house import HELLO, House
 from tests.controller.house import tierd
 from tests.servers import run
 from tierd.contexts import Contexts
-from tierd.controller.context_purge import PurgeRules, purge_expired_contexts
-from tierd.controller.context_stats import tell_metrics
+from tierd.controller.contexts.purge import PurgeRules, purge_expired_contexts
+from tierd.controller.contexts.stats import tell_metrics
 from tierd.metrics import ContextMetrics
 from tierd.objects.directory import DirectoryStore
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from tests.controller.fate import Fate, Killed
 from tests.controller.moving import Site
 from tests.controller.users import User
-from tierd.controller.move_file import MoveRefused
-from tierd.controller.moves import Moves
+from tierd.controller.moves.moves import Moves
+from tierd.controller.source.moved_file import MoveRefused
 from tierd.errors import TierdError
 from tierd.stubs import COLD_MARK
 

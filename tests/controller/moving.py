@@ -14,11 +14,11 @@ from typing import Any
 from uuid import UUID
 
 from tests.controller.house import connected, settings_for
-from tierd.controller.hot_tree import HotTree
 from tierd.controller.leader import begin_epoch
-from tierd.controller.move_workshop import MoveSettings
-from tierd.controller.moves import Moves
-from tierd.controller.steps import MoveState
+from tierd.controller.moves.moves import Moves
+from tierd.controller.moves.steps import MoveState
+from tierd.controller.moves.workshop import MoveSettings
+from tierd.controller.source.hot_tree import HotTree
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import object_key
 from tierd.objects.store import ObjectStore, Stored

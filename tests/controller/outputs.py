@@ -17,20 +17,20 @@ from prometheus_client import CollectorRegistry
 
 from tests.controller.house import connected, settings_for
 from tests.controller.moving import stub_path
-from tierd.controller import output_books
-from tierd.controller.carrier import Carrier
-from tierd.controller.hot_tree import HotTree
-from tierd.controller.job_names import JOB_HELP
-from tierd.controller.jobs import Context, Outcome
+from tierd.controller.jobs.names import JOB_HELP
+from tierd.controller.jobs.run import Context, Outcome
 from tierd.controller.leader import begin_epoch
-from tierd.controller.move_workshop import MoveSettings
-from tierd.controller.moves import Moves
-from tierd.controller.output_backup import BackupSettings, OutputBackup, key_of
-from tierd.controller.output_cleanup import cleanup_old_outputs
-from tierd.controller.output_files import OutputFiles
-from tierd.controller.output_scan import OutputScan, Scanned
-from tierd.controller.output_work import output_work_of
-from tierd.controller.statistics_plan import OutputSum
+from tierd.controller.moves.carrier import Carrier
+from tierd.controller.moves.moves import Moves
+from tierd.controller.moves.workshop import MoveSettings
+from tierd.controller.outputs import books as output_books
+from tierd.controller.outputs.backup import BackupSettings, OutputBackup, key_of
+from tierd.controller.outputs.cleanup import cleanup_old_outputs
+from tierd.controller.outputs.files import OutputFiles
+from tierd.controller.outputs.scan import OutputScan, Scanned
+from tierd.controller.outputs.work import output_work_of
+from tierd.controller.source.hot_tree import HotTree
+from tierd.controller.statistics.plan import OutputSum
 from tierd.controller.work import Work
 from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.directory import DirectoryStore

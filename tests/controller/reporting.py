@@ -16,7 +16,7 @@ from redis import Redis as SyncRedis
 from tests.controller.house import settings_for
 from tests.servers import run
 from tierd.controller.redis_client import redis_of
-from tierd.controller.statistics import StatisticsFold
+from tierd.controller.statistics.fold import StatisticsFold
 from tierd.metrics import FoldMetrics
 from tierd.node.index import Batch, Index, ModelDelta
 from tierd.node.outbox import Outbox

@@ -11,8 +11,8 @@ import pytest
 
 from tests.controller.house import settings_for
 from tests.servers import run
-from tierd.controller.carrier import AT_ONCE, Carrier
 from tierd.controller.leader import NotLeaderError
+from tierd.controller.moves.carrier import AT_ONCE, Carrier
 from tierd.postgres import Database
 
 

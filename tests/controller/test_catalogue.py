@@ -14,9 +14,9 @@ import pytest
 from tests.cold import freeze, stub_of
 from tests.controller.house import settings_for
 from tests.servers import run
-from tierd.controller import catalogue, catalogue_scan
-from tierd.controller.catalogue import Scanned
-from tierd.controller.catalogue_scan import Seen
+from tierd.controller.models import catalogue, catalogue_scan
+from tierd.controller.models.catalogue import Scanned
+from tierd.controller.models.catalogue_scan import Seen
 from tierd.errors import UsageError
 from tierd.postgres import Connection, Database
 

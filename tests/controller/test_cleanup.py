@@ -14,9 +14,10 @@ from tests.controller.controllers import Site
 from tests.controller.house import connected, settings_for
 from tests.controller.test_jobs import leading
 from tests.servers import run
-from tierd.controller import candidates, nodes
-from tierd.controller.cleanup import cleanup_unused_models
-from tierd.controller.jobs import Context, Outcome
+from tierd.controller import nodes
+from tierd.controller.jobs.run import Context, Outcome
+from tierd.controller.models import candidates
+from tierd.controller.models.cleanup import cleanup_unused_models
 from tierd.errors import DatabaseError, UsageError
 
 BOOT = "6f0c58a0-6f4a-4c1c-8f8e-0d8a8f6f7f11"

@@ -14,9 +14,9 @@ import pytest
 from tests.controller.controllers import Site, running, until
 from tests.controller.house import HEEDS_CTRL_C, connected, environment, settings_for
 from tests.servers import run
-from tierd.controller import move_wishes
 from tierd.controller.leader import NotLeaderError, begin_epoch
-from tierd.controller.move_wishes import Answers
+from tierd.controller.moves import wishes as move_wishes
+from tierd.controller.moves.wishes import Answers
 from tierd.controller.settings import ControllerSettings
 from tierd.errors import DatabaseError, UsageError
 from tierd.postgres import Database

@@ -12,8 +12,8 @@ import pytest
 from tests.controller.house import connected, settings_for, tierd
 from tests.controller.outputs import BUCKET, DAY, House
 from tests.servers import run
-from tierd.controller import output_deletion
-from tierd.controller.output_backup import key_of
+from tierd.controller.outputs import deletion as output_deletion
+from tierd.controller.outputs.backup import key_of
 from tierd.errors import UsageError
 from tierd.outputs_api import delete_outputs
 

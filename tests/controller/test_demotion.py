@@ -11,8 +11,8 @@ import pytest
 from tests.controller.fate import Fate
 from tests.controller.moving import BUCKET, FILES, MODEL, Site, demote, site_of, stub_path
 from tests.servers import run
-from tierd.controller.move_file import MoveRefused
-from tierd.controller.steps import MoveState
+from tierd.controller.moves.steps import MoveState
+from tierd.controller.source.moved_file import MoveRefused
 from tierd.errors import UsageError
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import manifest_key, object_key

@@ -15,12 +15,12 @@ from tests.controller.fate import Fate
 from tests.controller.house import connected, settings_for, until
 from tests.controller.moving import BUCKET, FILES, MODEL, Site, demote, stub_path
 from tests.servers import run
-from tierd.controller.hot_tree import HotTree
 from tierd.controller.leader import NotLeaderError, begin_epoch
-from tierd.controller.move_books import Books, StateChanged, set_state
-from tierd.controller.move_file import MoveRefused
-from tierd.controller.moves import Moves
-from tierd.controller.steps import MoveState
+from tierd.controller.moves.books import Books, StateChanged, set_state
+from tierd.controller.moves.moves import Moves
+from tierd.controller.moves.steps import MoveState
+from tierd.controller.source.hot_tree import HotTree
+from tierd.controller.source.moved_file import MoveRefused
 from tierd.objects.keys import manifest_key, object_key
 from tierd.postgres import Database
 from tierd.recall import fetch_from, recall
@@ -60,7 +60,7 @@ def test_nothing_is_deleted_while_it_may_be_in_use(query: str, says: str, site: 
 
 
 def test_a_lease_between_two_files_stops_the_next_batch(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierd.controller.move_workshop.BATCH_FILES", 1)
+    monkeypatch.setattr("tierd.controller.moves.workshop.BATCH_FILES", 1)
     run(demote(site))
     fate = Fate(0, lambda effect: site.meanwhile(LEASE + " ON CONFLICT DO NOTHING") if effect == "deleted" else None)
     assert run(delete(site, fate)) is MoveState.DELETING
@@ -395,7 +395,7 @@ def test_an_effect_that_comes_too_late_is_none(site: Site, monkeypatch: pytest.M
     """A source that hangs longer than the database lets a transaction live: somebody else may lead by now."""
     run(demote(site))
     run(site.end_grace())
-    monkeypatch.setattr("tierd.controller.move_workshop._FENCE_SECONDS", -1.0)
+    monkeypatch.setattr("tierd.controller.moves.workshop._FENCE_SECONDS", -1.0)
 
     async def main() -> None:
         async with site.leading() as moves:

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import DirectoryFactory, MountFactory
 from tests.controller.moving import MODEL, Site, opened_site
 from tests.servers import run
-from tierd.controller.steps import MoveState
+from tierd.controller.moves.steps import MoveState
 from tierd.objects.directory import DirectoryStore
 
 NAMES = ("config.json", "model-1.safetensors", "model-2.safetensors", "unet/weights.bin", "unet/same.safetensors")

@@ -13,7 +13,7 @@ from tests.controller.fate import Fate, Killed
 from tests.controller.moving import MODEL, Site, site_of
 from tests.objects.servers import LIMITS, MIB, s3_store
 from tests.servers import run
-from tierd.controller.steps import MoveState
+from tierd.controller.moves.steps import MoveState
 from tierd.objects.s3 import S3Store
 
 LARGE = 20 * MIB + 7

@@ -18,12 +18,12 @@ from tests.controller.freezing import Frozen
 from tests.controller.moving import BUCKET, Site, site_of
 from tests.objects.servers import Beneath, Files, Objects, s3_store
 from tests.servers import run
-from tierd.controller.hot_tree import HotTree
-from tierd.controller.import_tree import ImportTree, Making
-from tierd.controller.imports import sort_out
-from tierd.controller.move_file import MoveRefused
-from tierd.controller.moves import Moves
-from tierd.controller.steps import MoveState
+from tierd.controller.models.imports import sort_out
+from tierd.controller.moves.moves import Moves
+from tierd.controller.moves.steps import MoveState
+from tierd.controller.source.hot_tree import HotTree
+from tierd.controller.source.import_tree import ImportTree, Making
+from tierd.controller.source.moved_file import MoveRefused
 from tierd.errors import UsageError
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import IMPORTED, is_ours, object_key, parse_key

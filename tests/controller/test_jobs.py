@@ -14,11 +14,11 @@ import pytest
 from tests.controller.controllers import Site
 from tests.controller.house import connected
 from tests.servers import run
-from tierd.controller import job_runs
-from tierd.controller.job_names import JOB_HELP
-from tierd.controller.jobs import Context, Job, Outcome, run_next
+from tierd.controller.jobs import runs as job_runs
+from tierd.controller.jobs.names import JOB_HELP
+from tierd.controller.jobs.registry import JOBS
+from tierd.controller.jobs.run import Context, Job, Outcome, run_next
 from tierd.controller.leader import NotLeaderError, begin_epoch
-from tierd.controller.registry import JOBS
 from tierd.controller.settings import load
 from tierd.controller.work import Work
 from tierd.controller.workplace import Workplace

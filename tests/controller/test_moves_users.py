@@ -17,7 +17,7 @@ from tests.controller.fate import Fate
 from tests.controller.moving import Site, site_of
 from tests.controller.users import NAME, OTHER, User
 from tests.servers import run
-from tierd.controller.moves import Moves
+from tierd.controller.moves.moves import Moves
 
 BYTES = {"weights.bin": os.urandom(3_000), "z.safetensors": os.urandom(2_000), "a.safetensors": os.urandom(2_000)}
 OLD = BYTES["weights.bin"]

@@ -17,11 +17,11 @@ from tests.controller.images import picture
 from tests.controller.moving import stub_path
 from tests.controller.outputs import DAY, House, Leader, read
 from tests.servers import run
-from tierd.controller import output_compress
-from tierd.controller.jobs import Context, Outcome
-from tierd.controller.output_backup import key_of
-from tierd.controller.output_compression import OutputCompressions
-from tierd.controller.png_recode import recode
+from tierd.controller.jobs.run import Context, Outcome
+from tierd.controller.outputs import compress as output_compress
+from tierd.controller.outputs.backup import key_of
+from tierd.controller.outputs.compression import OutputCompressions
+from tierd.controller.outputs.png_recode import recode
 from tierd.errors import UsageError
 
 CONTENT = picture(8)

@@ -15,7 +15,7 @@ from tests.controller.images import picture
 from tests.controller.outputs import House, Leader
 from tests.controller.test_output_compress import compress, end_grace, make_cold
 from tests.servers import run
-from tierd.controller.png_recode import recode
+from tierd.controller.outputs.png_recode import recode
 
 SECONDS = 20.0
 CONTENT = picture(60)

@@ -18,9 +18,9 @@ from tests.controller.outputs import BUCKET, DAY, House, Killed, Leader
 from tests.controller.test_output_moves import end_grace, known, read, trash
 from tests.objects.servers import Files
 from tests.servers import run
-from tierd.controller import output_deletion
 from tierd.controller.leader import NotLeaderError
-from tierd.controller.output_deletion import Deletion
+from tierd.controller.outputs import deletion as output_deletion
+from tierd.controller.outputs.deletion import Deletion
 from tierd.errors import UsageError
 
 USER = "user123"

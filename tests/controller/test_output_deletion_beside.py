@@ -29,7 +29,7 @@ from tests.controller.test_output_deletion import (
 )
 from tests.controller.test_output_moves import read
 from tests.servers import run
-from tierd.controller.erasure_news import ErasureNews
+from tierd.controller.outputs.erasure_news import ErasureNews
 from tierd.erasures import WAITING, decode, key_of
 from tierd.statistics import Message, OpenReport, encode
 

@@ -19,8 +19,8 @@ from structlog.testing import capture_logs
 from tests.controller.fate import Fate, Killed
 from tests.controller.outputs import House, Leader, read
 from tests.servers import run
-from tierd.controller.move_file import MoveRefused
-from tierd.controller.output_moves import Day
+from tierd.controller.moves.output_days import Day
+from tierd.controller.source.moved_file import MoveRefused
 
 DATE = "2026/01/12"
 SECONDS = 600.0

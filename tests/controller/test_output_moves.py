@@ -11,8 +11,8 @@ from structlog.testing import capture_logs
 from tests.controller.moving import stub_path
 from tests.controller.outputs import BUCKET, DAY, House, Leader, read
 from tests.servers import run
-from tierd.controller import candidates
-from tierd.controller.output_moves import Day
+from tierd.controller.models import candidates
+from tierd.controller.moves.output_days import Day
 from tierd.objects.keys import object_key
 
 TIERS = "SELECT hot_storage, cold_storage, count(*) FROM generated_outputs GROUP BY 1, 2 ORDER BY 1"

@@ -18,10 +18,11 @@ from tests.controller.fate import Fate, Killed
 from tests.controller.house import tierd
 from tests.controller.outputs import DAY, House, Leader
 from tests.servers import run
-from tierd.controller import output_jobs, output_restore
-from tierd.controller.jobs import Context, Outcome
-from tierd.controller.output_backup import key_of
-from tierd.controller.output_restore import OutputRestores, Wish
+from tierd.controller.jobs.run import Context, Outcome
+from tierd.controller.outputs import jobs as output_jobs
+from tierd.controller.outputs import restore as output_restore
+from tierd.controller.outputs.backup import key_of
+from tierd.controller.outputs.restore import OutputRestores, Wish
 
 ROW = "SELECT hot_storage, cold_storage, version, vanished_at, pending_since FROM generated_outputs"
 USER = "user123"

@@ -14,10 +14,10 @@ from structlog.testing import capture_logs
 from tests.controller.house import settings_for
 from tests.controller.outputs import BUCKET, DAY, OLD_NS, House, Killed, sha
 from tests.servers import run
-from tierd.controller import output_books
 from tierd.controller.leader import NotLeaderError
-from tierd.controller.output_scan import Scanned
-from tierd.controller.statistics_plan import OutputSum
+from tierd.controller.outputs import books as output_books
+from tierd.controller.outputs.scan import Scanned
+from tierd.controller.statistics.plan import OutputSum
 from tierd.objects.directory import DirectoryStore
 from tierd.postgres import Database
 

@@ -17,8 +17,8 @@ from tests.controller.house import connected
 from tests.controller.outputs import DAY, House
 from tests.controller.reporting import controller_of
 from tests.servers import RedisServer, run
-from tierd.controller import output_deletion
-from tierd.controller.erasure_news import ErasureNews
+from tierd.controller.outputs import deletion as output_deletion
+from tierd.controller.outputs.erasure_news import ErasureNews
 
 SECONDS = 40.0
 COLD_READ_SECONDS = 5.0

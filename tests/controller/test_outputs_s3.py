@@ -18,11 +18,14 @@ from tests.controller.images import picture
 from tests.controller.outputs import BUCKET, DAY, House, Leader, read
 from tests.objects.servers import LIMITS, MIB, Objects, moto, s3_store
 from tests.servers import run
-from tierd.controller import output_compress, output_deletion, output_jobs, output_restore
-from tierd.controller.jobs import Context
-from tierd.controller.output_backup import key_of
-from tierd.controller.output_restore import Wish
-from tierd.controller.png_recode import recode
+from tierd.controller.jobs.run import Context
+from tierd.controller.outputs import compress as output_compress
+from tierd.controller.outputs import deletion as output_deletion
+from tierd.controller.outputs import jobs as output_jobs
+from tierd.controller.outputs import restore as output_restore
+from tierd.controller.outputs.backup import key_of
+from tierd.controller.outputs.png_recode import recode
+from tierd.controller.outputs.restore import Wish
 from tierd.objects.store import Stored
 
 LARGE = os.urandom(20 * MIB + 7)

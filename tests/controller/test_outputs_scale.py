@@ -15,7 +15,8 @@ import pytest
 
 from tests.controller.outputs import OLD_NS, House
 from tests.servers import run
-from tierd.controller import hot_tree, output_files
+from tierd.controller.outputs import files as output_files
+from tierd.controller.source import hot_tree
 
 DIRECTORIES = 200
 PER_DIRECTORY = 100

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.controller.images import changed, chunks, picture, saved, with_chunk, with_workflow
-from tierd.controller import png_recode, recoding
-from tierd.controller.png_recode import Stays, recode
-from tierd.controller.recoding import CannotRecode, recoded
+from tierd.controller.outputs import png_recode, recoding
+from tierd.controller.outputs.png_recode import Stays, recode
+from tierd.controller.outputs.recoding import CannotRecode, recoded
 from tierd.errors import UsageError
 
 

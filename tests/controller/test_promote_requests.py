@@ -17,8 +17,8 @@ from tests.controller.house import settings_for
 from tests.controller.moving import FILES, MODEL, Site, site_of
 from tests.mounts import wait_until
 from tests.servers import RedisServer, run
+from tierd.controller.moves.requests import PromoteRequests
 from tierd.controller.redis_client import redis_of
-from tierd.controller.requests import PromoteRequests
 from tierd.metrics import ControllerMetrics
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import object_key

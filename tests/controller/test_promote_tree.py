@@ -13,9 +13,9 @@ import pytest
 from tests.cold import freeze, stub_of
 from tests.conftest import DirectoryFactory
 from tests.controller.freezing import BUCKET, Frozen, killed_after
-from tierd.controller import cold_tree
-from tierd.controller.hot_tree import HotTree
-from tierd.controller.promote import Promotion, PromotionError, Stopped
+from tierd.controller.source import cold_tree
+from tierd.controller.source.hot_tree import HotTree
+from tierd.controller.source.promote import Promotion, PromotionError, Stopped
 from tierd.errors import TierdError
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.store import FileRange, Into, ObjectDamaged

@@ -13,11 +13,11 @@ import pytest
 
 from tests.controller.moving import FILES, MODEL, Site, site_of
 from tests.servers import run
-from tierd.controller import promotion
 from tierd.controller.leader import NotLeaderError
-from tierd.controller.move_file import MoveRefused
-from tierd.controller.moves import Moves
-from tierd.controller.steps import MoveState
+from tierd.controller.moves import promotion
+from tierd.controller.moves.moves import Moves
+from tierd.controller.moves.steps import MoveState
+from tierd.controller.source.moved_file import MoveRefused
 from tierd.objects.directory import DirectoryStore
 from tierd.objects.keys import object_key
 

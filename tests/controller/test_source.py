@@ -10,8 +10,8 @@ from bench.juicefs import JuiceFS
 from tests.conftest import DirectoryFactory
 from tests.controller.moving import FILES, Site, demote
 from tests.servers import run
-from tierd.controller.hot_tree import HotTree
-from tierd.controller.steps import MoveState
+from tierd.controller.moves.steps import MoveState
+from tierd.controller.source.hot_tree import HotTree
 
 
 def test_a_source_has_one_name_whoever_gives_it(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.controller.reporting import (
     send,
 )
 from tests.servers import run
-from tierd.controller import statistics as fold_module
+from tierd.controller.statistics import fold as fold_module
 from tierd.statistics import (
     FIELD,
     STREAM,

@@ -17,9 +17,9 @@ from structlog.testing import capture_logs
 
 from tests.controller.reporting import Controller, Node, access, controller_of, fold, message, node_of, send
 from tests.servers import PostgresServer, RedisServer, run
-from tierd.controller import statistics as fold_module
-from tierd.controller.statistics import StatisticsFold
-from tierd.controller.statistics_plan import Received
+from tierd.controller.statistics import fold as fold_module
+from tierd.controller.statistics.fold import StatisticsFold
+from tierd.controller.statistics.plan import Received
 from tierd.errors import DatabaseError
 from tierd.metrics import FoldMetrics
 from tierd.postgres import Database

@@ -7,7 +7,7 @@ import pytest
 from tests.controller.fate import Fate
 from tests.controller.moving import BUCKET, FILES, MODEL, Site, demote
 from tests.servers import run
-from tierd.controller.steps import MoveState
+from tierd.controller.moves.steps import MoveState
 
 OLD = "UPDATE moves SET finished_at = now() - interval '2 days' WHERE finished_at IS NOT NULL"
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.mounts import OverlayMount, wait_until
-from tierd.cli import main
+from tierd.cli.main import main
 
 MIB = 1 << 20
 FILL_SECONDS = 20.0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from tierd.cli import app
+from tierd.cli.main import app
 from tierd.config import MountSettings, host_port, load, relative_root, size_bytes
 from tierd.errors import UsageError
 

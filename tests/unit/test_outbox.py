@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from tierd.controller.statistics_plan import Boot, Known, Received, plan
+from tierd.controller.statistics.plan import Boot, Known, Received, plan
 from tierd.node import outbox as outbox_module
 from tierd.node.index import Batch, Index, ModelDelta
 from tierd.node.outbox import BATCHES_MAX, Outbox

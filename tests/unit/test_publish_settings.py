@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.test_outbox import MODEL
-from tierd.cli_keeper import given
+from tierd.cli.keeper import given
 from tierd.config import MountSettings, load
 from tierd.errors import UsageError
 from tierd.redis_options import address, checked_url, redis_options

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierd.controller.retention import Caps, HotModel, Rules, Spent, Verdict, decide
+from tierd.controller.models.retention import Caps, HotModel, Rules, Spent, Verdict, decide
 
 DAY = 86_400.0
 GIB = 1 << 30

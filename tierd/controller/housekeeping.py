@@ -6,9 +6,12 @@ from typing import Final
 
 import structlog
 
-from tierd.controller import context_stats, nodes, output_books, output_deletion
+from tierd.controller import nodes
+from tierd.controller.contexts import stats as context_stats
 from tierd.controller.events import purge_events
-from tierd.controller.job_runs import purge_runs
+from tierd.controller.jobs.runs import purge_runs
+from tierd.controller.outputs import books as output_books
+from tierd.controller.outputs import deletion as output_deletion
 from tierd.controller.work import Work
 from tierd.postgres import Connection
 

@@ -21,15 +21,15 @@ from hypercorn.asyncio import serve as hypercorn_serve
 
 from tierd import web
 from tierd.controller import housekeeping
-from tierd.controller.erasure_news import ErasureNews
-from tierd.controller.jobs import run_next
+from tierd.controller.jobs.registry import JOBS
+from tierd.controller.jobs.run import run_next
 from tierd.controller.leading import Phase, Standing, lead
-from tierd.controller.move_wishes import Answers
+from tierd.controller.moves.requests import PromoteRequests
+from tierd.controller.moves.wishes import Answers
+from tierd.controller.outputs.erasure_news import ErasureNews
 from tierd.controller.redis_client import redis_of
-from tierd.controller.registry import JOBS
-from tierd.controller.requests import PromoteRequests
 from tierd.controller.settings import ControllerSettings
-from tierd.controller.statistics import StatisticsFold
+from tierd.controller.statistics.fold import StatisticsFold
 from tierd.controller.tasks import AWAY, reason_of, steadily, together
 from tierd.controller.work import Work
 from tierd.controller.workplace import Workplace, holder

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tierd.controller.carrier import Carrier
-from tierd.controller.moves import Moves
-from tierd.controller.output_backup import OutputBackup
-from tierd.controller.output_files import OutputFiles
-from tierd.controller.output_work import OutputWork
+from tierd.controller.moves.carrier import Carrier
+from tierd.controller.moves.moves import Moves
+from tierd.controller.outputs.backup import OutputBackup
+from tierd.controller.outputs.files import OutputFiles
+from tierd.controller.outputs.work import OutputWork
 from tierd.controller.settings import ControllerSettings
 from tierd.metrics import ContextMetrics, ControllerMetrics
 from tierd.objects.store import ObjectStore

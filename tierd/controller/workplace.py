@@ -12,16 +12,16 @@ from pathlib import Path
 import structlog
 from prometheus_client import CollectorRegistry
 
-from tierd.controller import job_runs
-from tierd.controller.carrier import Carrier
-from tierd.controller.hot_tree import HotTree
-from tierd.controller.job_names import JOB_HELP
-from tierd.controller.move_workshop import MoveSettings
-from tierd.controller.moves import Moves
-from tierd.controller.output_backup import BackupSettings, OutputBackup
-from tierd.controller.output_files import OutputFiles
-from tierd.controller.output_work import output_work_of
+from tierd.controller.jobs import runs as job_runs
+from tierd.controller.jobs.names import JOB_HELP
+from tierd.controller.moves.carrier import Carrier
+from tierd.controller.moves.moves import Moves
+from tierd.controller.moves.workshop import MoveSettings
+from tierd.controller.outputs.backup import BackupSettings, OutputBackup
+from tierd.controller.outputs.files import OutputFiles
+from tierd.controller.outputs.work import output_work_of
 from tierd.controller.settings import ControllerSettings
+from tierd.controller.source.hot_tree import HotTree
 from tierd.controller.work import Work
 from tierd.errors import UsageError
 from tierd.metrics import ContextMetrics, ControllerMetrics

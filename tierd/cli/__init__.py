@@ -1,0 +1,1 @@
+"""The command line: reads argv and environment, asks, waits, shows. Decides nothing."""

@@ -1,0 +1,1 @@
+"""Generated outputs: found, backed up, made cold, deleted, packed anew, restored."""

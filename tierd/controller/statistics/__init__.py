@@ -1,0 +1,1 @@
+"""What nodes report, folded into the database."""
