@@ -27,7 +27,7 @@ demo: setup ## Mount tierd over a real JuiceFS, load a model twice, show what wa
 test: servers lint ## Lint, then every test, some at once (WORKERS=3; ARGS="-k name" picks some)
 	@[ -c /dev/fuse ] || { echo "make test: /dev/fuse is missing; the tests mount real file systems." \
 		"Load the module (modprobe fuse), or start the container with --device /dev/fuse --cap-add SYS_ADMIN" >&2; exit 1; }
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup ## Style, format and types
 	@$(BIN)/ruff check --quiet

@@ -39,15 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares a mount, or else a module, goes to one of pytest-xdist's workers: each makes its own servers."""
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        kind = callspec.params.get("source_kind") if callspec else None
-        item.add_marker(pytest.mark.xdist_group(kind or item.nodeid.partition("::")[0]))
-
-
 MountFactory = Callable[..., OverlayMount]
 DirectoryFactory = Callable[[str], Path]
 

@@ -157,6 +157,7 @@ def test_a_redis_that_is_away_loses_no_news(
     house: House, overlay_mount: MountFactory, url: str, telling: dict[str, Any], redis_server: RedisServer
 ) -> None:
     mount = overlay_mount(house.root / "source", **telling)
+    mount.allow_log("publish_failing")  # if it tries while Redis is away
     redis_server.stop()
     (mount.mountpoint / "outputs" / DAY).mkdir(parents=True)
     (mount.mountpoint / "outputs" / DAY / f"{uuid4()}.wav").write_bytes(b"sound")
