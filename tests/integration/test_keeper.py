@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -281,8 +280,16 @@ def test_another_start_is_tried_by_itself(overlay_mount: MountFactory) -> None:
 
 
 def kill_keeper(mount: OverlayMount) -> None:
+    end_keeper(mount)
+    await_keeper_gone(mount)
+
+
+def end_keeper(mount: OverlayMount) -> None:
     assert mount.record.keeper_pid is not None
     os.kill(mount.record.keeper_pid, signal.SIGKILL)
+
+
+def await_keeper_gone(mount: OverlayMount) -> None:
     wait_until(lambda: "keeper_gone" in events(mount), STOP_SECONDS, "the daemon notices")
     mount.expect_log("keeper_gone")
 
@@ -324,22 +331,15 @@ def test_a_mount_ends_with_its_daemon_if_there_is_no_keeper(overlay_mount: Mount
     assert os.listdir(mount.mountpoint) == []
 
 
-def is_waited_for(fd: int) -> bool:
-    """Somebody waits for a lock of the file: `->` in /proc/locks, proc(5)."""
-    inode = os.fstat(fd).st_ino
-    lines = Path("/proc/locks").read_text().splitlines()
-    return any(" -> FLOCK" in line and f":{inode} " in line for line in lines)
-
-
 def test_a_daemon_whose_directory_was_taken_when_its_keeper_died_ends(overlay_mount: MountFactory) -> None:
     """Two that write to one cache are worse than a mount that ends."""
     mount = overlay_mount(prefetch="no")
     with (mount.cache_dir / "lock").open("r+b") as lock:
-        waits = threading.Thread(target=fcntl.flock, args=(lock, fcntl.LOCK_EX))
-        waits.start()
-        wait_until(lambda: is_waited_for(lock.fileno()), STOP_SECONDS, "the next in turn is not the daemon")
-        kill_keeper(mount)
-        waits.join(STOP_SECONDS)
+        os.kill(mount.pid, signal.SIGSTOP)
+        end_keeper(mount)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.kill(mount.pid, signal.SIGCONT)
+        await_keeper_gone(mount)
         wait_until(lambda: not mount.alive and not is_mounted(mount.mountpoint), STOP_SECONDS, "it ends in order")
     (told,) = (line for line in mount.log() if line["event"] == "keeper_gone")
     assert told["consequence"] == "this daemon ends"
