@@ -100,7 +100,9 @@ class Shop:
         for reader in self.readers:
             reader.close()
         for filler in self.fillers:
-            filler.stop()
+            if not filler.stop():  # a disk that is busy with other tests may take longer than a daemon that stops waits
+                for thread in filler._threads:
+                    thread.join(WAIT_SECONDS)
 
 
 @pytest.fixture
